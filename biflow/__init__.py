@@ -1,0 +1,1 @@
+from biflow import _library  # noqa: F401

@@ -1,0 +1,25 @@
+// Every op of the engine, in every build: the table of contents. Shapes and meaning: biflow/ops/<op>.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+
+STABLE_TORCH_LIBRARY(biflow, m) {
+  // which CPU kernels run: the instruction set in use; force_cpu_isa is for tests
+  m.def("cpu_isa() -> str");
+  m.def("force_cpu_isa(str name) -> ()");
+}
+
+static std::string cpu_isa() { return biflow::cpu::isa_name(biflow::cpu::active_isa()); }
+
+static void force_cpu_isa(std::string name) {
+  STD_TORCH_CHECK(biflow::cpu::force_isa(name.c_str()), "force_cpu_isa: expected best, portable, avx2 or avx512, ",
+                  "one that this CPU has (it has ", biflow::cpu::isa_name(biflow::cpu::best_isa()), "), got ", name);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(biflow, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("force_cpu_isa", TORCH_BOX(&force_cpu_isa));
+}
