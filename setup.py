@@ -1,4 +1,4 @@
-"""Builds libbiflow.so (the torch ops) and biflow._C (build information) with CMake; everything else is in pyproject.toml."""
+"""Builds libbiflow.so (the torch ops) and biflow._C (build information) with CMake; the rest is in pyproject.toml."""
 
 import os
 import shutil
@@ -41,7 +41,9 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         ninja, cmake = shutil.which("ninja"), shutil.which("cmake")
         if not (ninja and cmake):
-            raise SystemExit("biflow: cmake >= 3.24 and ninja are needed to build. Run: pip install cmake ninja pybind11")
+            raise SystemExit(
+                "biflow: cmake >= 3.24 and ninja are needed to build. Run: pip install cmake ninja pybind11"
+            )
         import pybind11
 
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))

@@ -13,8 +13,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from `values`; nested dataclasses from nested mappings.
 
     Args:
-        cls: a dataclass whose fields are annotated with int, float, bool, str, tuple, None, Literal, unions of these, or
-            dataclasses.
+        cls: a dataclass whose fields are annotated with int, float, bool, str, tuple, None, Literal, unions of
+            these, or dataclasses.
         values: field name -> value. Missing fields take their default. Lists become tuples; an int is a valid float.
         where: name of the mapping in error messages.
 

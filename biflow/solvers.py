@@ -1,6 +1,6 @@
 """Exact decoding: how the blocks of a flow are inverted, and a certificate of how exact the result is.
 
-Knows blocks by three methods only: `decode_sequential`, `residual` and their `config`; models and devices are behind them.
+Knows blocks by `decode_sequential`, `residual` and their `config` only; models and devices are behind them.
 """
 
 import math

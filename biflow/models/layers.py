@@ -92,8 +92,8 @@ def check_transformer(width: int, head_dim: int, norm: str, gate: str) -> None:
 def rope_tables(side: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin, each (side * side, head_dim / 2): axial rotary angles of a square token grid, row-major.
 
-    The first half of the channel pairs turns with the row, the rest with the column; frequencies theta^(-i/n), theta = 1e4,
-    n pairs an axis (RoFormer, arXiv 2104.09864; axial form as in STARFlow, arXiv 2506.06276).
+    The first half of the channel pairs turns with the row, the rest with the column; frequencies theta^(-i/n), theta
+    = 1e4, n pairs an axis (RoFormer, arXiv 2104.09864; axial form as in STARFlow, arXiv 2506.06276).
     """
     pairs = head_dim // 2
     by_row = (pairs + 1) // 2
@@ -152,13 +152,17 @@ def check_labels(y: Tensor | None, num_classes: int, batch: int) -> None:
         return
     low, high = int(y.min()), int(y.max())
     if low < -1 or high >= num_classes:
-        raise ValueError(f"y: expected labels in [0, {num_classes}) or -1 (unconditional), got values in [{low}, {high}]")
+        raise ValueError(
+            f"y: expected labels in [0, {num_classes}) or -1 (unconditional), got values in [{low}, {high}]"
+        )
 
 
 def check_floats(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
     """x: a finite floating-point tensor of the given shape (None: any size)."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x)}")
+        raise TypeError(
+            f"{name}: expected a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x)}"
+        )
     if x.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
         want = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")

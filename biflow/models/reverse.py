@@ -1,8 +1,8 @@
 """BiFlow's learned inverse: a bidirectional transformer that maps noise to clean data in one pass.
 
-Source: BiFlow (arXiv 2512.10953). The layers form one group per flow block of the forward model, in decode order, plus one
-group for denoising. The hidden state after group k is read by a head that predicts the forward trajectory's state x_{B-k};
-the last group ends in the clean image. The heads serve training (`biflow.train.distill`) and are not run to sample.
+Source: BiFlow (arXiv 2512.10953). The layers form one group per flow block of the forward model, in decode order, plus
+one group for denoising. The hidden state after group k is read by a head that predicts the forward trajectory's state
+x_{B-k}; the last group ends in the clean image. Those heads serve training (`biflow.train.distill`): sampling skips them.
 """
 
 import math
@@ -31,9 +31,9 @@ class BiFlowConfig:
     num_blocks: B, flow blocks of the forward model; the reverse has B + 1 groups of layers.
     layers_per_group, width, head_dim, mlp_ratio: layers in each group; C; d; hidden width of the MLP over C.
     num_classes, class_tokens: classes (0: none) and in-context tokens per class.
-    max_guidance, guidance_tokens: guidance strengths in [0, max_guidance] are an input of the network, given as in-context
-        tokens, and sampling with guidance is one pass. max_guidance = 0: guidance is not an input; sampling with guidance
-        takes two passes.
+    max_guidance, guidance_tokens: guidance strengths in [0, max_guidance] are an input of the network, given as
+        in-context tokens, and sampling with guidance is one pass. max_guidance = 0: guidance is not an input; sampling
+        with guidance takes two passes.
     norm, gate, qk_norm, rope, pos_embed: the layer's variants (models/layers.py).
     """
 
@@ -116,7 +116,7 @@ class BiFlow(nn.Module):
         self.class_embed = (
             nn.Parameter(0.02 * torch.randn(c.num_classes, c.class_tokens, c.width)) if c.num_classes else None
         )
-        # in-context tokens of "no class"; a learned row of its own, since the network, unlike the flow, is trained on it
+        # in-context tokens of "no class": a learned row of its own, trained by dropping labels
         self.null_class = nn.Parameter(0.02 * torch.randn(1, c.class_tokens, c.width)) if c.num_classes else None
         self.guidance_embed = GuidanceEmbedding(c.guidance_tokens, c.width) if c.max_guidance else None
         rope = rope_tables(c.img_size // c.patch_size, c.head_dim) if c.rope else (None, None)
@@ -174,9 +174,7 @@ class BiFlow(nn.Module):
         return (clean, states[::-1]) if return_states else clean
 
     @torch.no_grad()
-    def decode(
-        self, z: Tensor, y: Tensor | None = None, *, guidance: float = 0.0, precision: str = "fp32"
-    ) -> Tensor:
+    def decode(self, z: Tensor, y: Tensor | None = None, *, guidance: float = 0.0, precision: str = "fp32") -> Tensor:
         """Noise to clean images, in one pass; in two (conditional and not) with guidance > 0 that was not trained in.
 
         Args:

@@ -1,8 +1,8 @@
 """TarFlow: a stack of causal transformer blocks, each an affine autoregressive flow over image patches.
 
-The maths is TARFlow's (Zhai et al. 2024, arXiv 2412.06329, section 3); the configuration also covers what its successors
-use: a learned start token, clipped parameters and softplus scales (STARFlow, arXiv 2506.06276), rotary positions, RMSNorm,
-SwiGLU, QK-norm and in-context class tokens (BiFlow, arXiv 2512.10953).
+The maths is TARFlow's (Zhai et al. 2024, arXiv 2412.06329, section 3); the configuration also covers what its
+successors use: a learned start token, clipped parameters and softplus scales (STARFlow, arXiv 2506.06276), rotary
+positions, RMSNorm, SwiGLU, QK-norm and in-context class tokens (BiFlow, arXiv 2512.10953).
 """
 
 import math
@@ -240,7 +240,9 @@ class Block(nn.Module):
 
     def packed(self) -> ops.BlockWeights:
         """The weights as `ops.decode_block` reads them, packed again only after they changed."""
-        weights = {k: v.detach() for k, v in self.named_parameters() if not k.startswith(("context_proj", "null_context"))}
+        weights = {
+            k: v.detach() for k, v in self.named_parameters() if not k.startswith(("context_proj", "null_context"))
+        }
         weights |= {k: v for k, v in self.named_buffers() if v is not None}
         key = ops.weights_key(list(weights.values()))
         if self._packed is None or self._packed[0] != key:
@@ -413,7 +415,7 @@ class TarFlow(nn.Module):
             n: number of images.
             y, context: the condition, as in `encode`.
             temperature: standard deviation of z.
-            denoise: x + noise_std^2 grad log p(x | y) (Tweedie; arXiv 2412.06329, section 3.4). None: iff noise_std > 0.
+            denoise: x + noise_std^2 grad log p(x | y) (arXiv 2412.06329, section 3.4). None: iff noise_std > 0.
             generator: source of randomness.
             decode_options: passed to `decode`.
 
@@ -436,7 +438,7 @@ class TarFlow(nn.Module):
         return self.denoise(x, y, context) if denoise else x
 
     def denoise(self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """x + noise_std^2 grad_x log p(x | y), (B,C,H,W): the posterior mean of clean data under the model's density."""
+        """x + noise_std^2 grad_x log p(x | y), (B,C,H,W): the clean data's posterior mean under the model (Tweedie)."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x.detach().clone().requires_grad_()
             y = None if y is None else y.clone()
