@@ -51,7 +51,7 @@ inline Scale<V> scale_map(V a) {
   } else if constexpr (kMap == ScaleMap::softplus) {
     const V t = a + constant<V>(0.541324854612918);  // log(e - 1): sigma(0) = 1
     const V e = exp(-abs(t));
-    const V s = (t > zero ? t : zero) + log1p(e);
+    const V s = (t > zero ? t : zero) + log1p_unit(e);
     const V r = one / (one + e);
     // left of -37 softplus(t) = exp(t) to a double's last bit (of -17 to a float's), and the quotients become 0 / 0
     const auto tail = t < constant<V>(std::is_same_v<V, double> ? -37 : -17);
