@@ -1,5 +1,7 @@
 """What both transformers share: the layer, its norms and gates, rotary tables, patches, class tables, input checks."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,7 +87,7 @@ class Layer(nn.Module):
 
 
 def mlp_width(ratio: float, width: int) -> int:
-    """Hidden width of the MLP: ratio * width, rounded to a multiple of 8 (rows that vector loads divide), at least 8."""
+    """Hidden width of the MLP: ratio * width rounded to a multiple of 8, which vector loads divide; at least 8."""
     return max(8 * round(ratio * width / 8), 8)
 
 
@@ -139,14 +141,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, prefix: int = 0) -> Tensor:
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """Images (B,C,H,W) -> tokens (B, (H/P)(W/P), C P^2); features ordered (channel, row, column), tokens row-major."""
-    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2).contiguous()
+    """Images (B,C,H,W) -> tokens (B, (H/P)(W/P), C P^2); features ordered (channel, row, column), tokens row-major.
+
+    Square images; H = W a multiple of P.
+    """
+    batch, channels, side = x.shape[0], x.shape[1], x.shape[2] // patch
+    grid = x.reshape(batch, channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
+    return grid.reshape(batch, side * side, channels * patch**2)
 
 
 def unpatchify(tokens: Tensor, patch: int) -> Tensor:
     """The inverse of `patchify` for square images."""
-    side = round(tokens.shape[1] ** 0.5)
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), patch)
+    batch, length, width = tokens.shape
+    side, channels = math.isqrt(length), width // patch**2
+    grid = tokens.reshape(batch, side, side, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(batch, channels, side * patch, side * patch)
 
 
 def class_rows(table: Tensor, y: Tensor | None, batch: int) -> Tensor:

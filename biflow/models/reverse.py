@@ -1,8 +1,8 @@
 """BiFlow's learned inverse: a bidirectional transformer that maps noise to clean data in one pass.
 
 Source: BiFlow (arXiv 2512.10953). The layers form one group per flow block of the forward model, in decode order, plus
-one group for denoising. The hidden state after group k is read by a head that predicts the forward trajectory's state
-x_{B-k}; the last group ends in the clean image. Those heads serve training (`biflow.train.distill`): sampling skips them.
+one group for denoising. After group k = 1, ..., B a head reads the hidden state and predicts the forward trajectory's
+state x_{B-k}; after the last group, the clean image. The heads of groups 1 to B serve training: sampling skips them.
 """
 
 import math

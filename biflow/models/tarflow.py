@@ -160,13 +160,12 @@ class TarFlow(nn.Module):
         c = self.config
         check_floats("x", x, (None, c.in_channels, c.img_size, c.img_size), self.blocks[0].proj_in.weight)
         self._check_condition(y, context, x.shape[0])
-        return self._encode(x, y, context, return_states)
+        return self(x, y, context, return_states=return_states)
 
-    forward = encode  # what torch.compile(flow), DistributedDataParallel and torch.func call
-
-    def _encode(
-        self, x: Tensor, y: Tensor | None, context: Tensor | None, return_states: bool = False
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, return_states: bool = False
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
+        """`encode` without its checks."""
         h = patchify(x, self.config.patch_size)
         states, flipped, logdet = [h], False, 0.0
         for block in self.blocks:
@@ -222,8 +221,8 @@ class TarFlow(nn.Module):
 
         Args:
             z: (B,T,D) fp32.
-            y, context: the condition, as in `encode`. Where y is -1 the sample is unconditional: guidance then acts only
-                through attn_temp. The unconditional pass sees as many null tokens as context has.
+            y, context: the condition, as in `encode`. Where y is -1 guidance acts only through attn_temp. The
+                unconditional pass sees as many null tokens as context has.
             solver: "sequential", or "auto" (= "sequential").
             window: tokens a window of a windowed solver; None for the sequential one.
             guidance: g >= 0; 0 means none. At each token the raw parameters become r + w (r - r_u) with r_u of an
@@ -237,7 +236,7 @@ class TarFlow(nn.Module):
                 guidance.
 
         Returns:
-            x (B,C,H,W) fp32, not clamped (NaN or infinite where strong guidance overflowed); with return_info (x, info).
+            x (B,C,H,W) fp32, not clamped, infinite or NaN where strong guidance overflowed; with return_info (x, info).
 
         Raises:
             TypeError, ValueError: wrong dtype, device or shape, NaN in z, an unknown solver or precision, negative
@@ -314,7 +313,7 @@ class TarFlow(nn.Module):
             y, context = (None if t is None else t.detach().clone() for t in (y, context))
             named = [*self.named_parameters(), *self.named_buffers()]
             copies = {name: t.detach().clone() for name, t in named if t.is_inference()}
-            z, logdet = torch.func.functional_call(_Unchecked(self), {f"flow.{k}": v for k, v in copies.items()}, (leaf, y, context))
+            z, logdet = torch.func.functional_call(self, copies, (leaf, y, context))
             (score,) = torch.autograd.grad(self._log_prob(z, logdet).sum(), leaf)
             return (leaf + self.config.noise_std**2 * score).detach()
 
