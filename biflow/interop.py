@@ -208,8 +208,6 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: refused: it is not a pickle of plain tensors, and nothing else is unpickled"
-        ) from None
+        raise ValueError(f"{path}: refused: not a pickle of plain tensors; nothing else is unpickled") from None
     except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OSError) as error:
         raise ValueError(f"{path}: not a readable torch file ({type(error).__name__}: {error})") from None
