@@ -10,7 +10,6 @@ from biflow import ops
 from biflow.config import check_number
 
 NORM_EPS = {"layernorm": 1e-5, "rmsnorm": 1e-6}
-QK_NORM_EPS = 1e-6
 ROPE_THETA = 1e4
 
 
@@ -54,8 +53,8 @@ class Layer(nn.Module):
         self.gate = gate
         self.norm1 = Norm(norm, width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(head_dim, eps=QK_NORM_EPS) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=QK_NORM_EPS) if qk_norm else None
+        self.q_norm = Norm("rmsnorm", head_dim) if qk_norm else None
+        self.k_norm = Norm("rmsnorm", head_dim) if qk_norm else None
         self.proj = nn.Linear(width, width)
         self.norm2 = Norm(norm, width)
         self.fc1 = nn.Linear(width, 2 * mlp_hidden if gate == "swiglu" else mlp_hidden)
@@ -72,7 +71,7 @@ class Layer(nn.Module):
         batch, length, width = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         if self.q_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope, prefix), apply_rope(k, *rope, prefix)
         o = ops.attention(q, k, v, causal=causal, scale=self.head_dim**-0.5 / attn_temp)
