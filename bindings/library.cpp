@@ -10,6 +10,20 @@ STABLE_TORCH_LIBRARY(biflow, m) {
   // which CPU kernels run: the instruction set in use; force_cpu_isa is for tests
   m.def("cpu_isa() -> str");
   m.def("force_cpu_isa(str name) -> ()");
+
+  m.def(
+      "pack_block(Tensor[] weights, *, int tokens, int channels, int width, int layers, int head_dim, int mlp_hidden, "
+      "str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, bool shift_only) -> Tensor");
+  m.def(
+      "decode_block(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, *, "
+      "int width, int layers, int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, bool rope, "
+      "bool pos_embed, bool start_token, bool shift_only, str layout, str scale, str clip, float clip_value, "
+      "str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> Tensor");
+  m.def(
+      "decode_block_(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, "
+      "Tensor(a!) out, *, int width, int layers, int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, "
+      "bool rope, bool pos_embed, bool start_token, bool shift_only, str layout, str scale, str clip, "
+      "float clip_value, str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> ()");
 }
 
 static std::string cpu_isa() { return biflow::cpu::isa_name(biflow::cpu::active_isa()); }

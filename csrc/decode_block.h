@@ -34,7 +34,7 @@ struct BlockShape {
 constexpr int kPanelColumns = 64;
 constexpr int kColumnGroup = 16;
 
-constexpr int64_t padded_columns(int64_t n) { return (n + kColumnGroup - 1) / kColumnGroup * kColumnGroup; }
+static constexpr int64_t padded_columns(int64_t n) { return (n + kColumnGroup - 1) / kColumnGroup * kColumnGroup; }
 
 struct PackedLinear {
   int64_t weight = 0, bias = 0;  // offsets in floats; inside a layer, from the layer's start
@@ -61,80 +61,15 @@ struct PackedBlock {
   int64_t size = 0;                    // of it all
 };
 
-inline PackedBlock packed_block(const BlockShape& s) {
-  PackedBlock p;
-  int64_t at = 0;
-  const auto take = [&at](int64_t n) {
-    const int64_t start = at;
-    at += padded_columns(n);
-    return start;
-  };
-  const auto linear = [&take](int out, int in) {
-    PackedLinear l;
-    l.in = in, l.out = out;
-    l.weight = take(padded_columns(out) * in);
-    l.bias = take(out);
-    return l;
-  };
-  const bool bias = s.norm == Norm::layernorm;
-  p.proj_in = linear(s.width, s.channels);
-  p.first_layer = at;
-  at = 0;
-  p.layer.norm1_weight = take(s.width);
-  if (bias) p.layer.norm1_bias = take(s.width);
-  p.layer.qkv = linear(3 * s.width, s.width);
-  if (s.qk_norm) p.layer.q_norm = take(s.head_dim), p.layer.k_norm = take(s.head_dim);
-  p.layer.proj = linear(s.width, s.width);
-  p.layer.norm2_weight = take(s.width);
-  if (bias) p.layer.norm2_bias = take(s.width);
-  p.layer.fc1 = linear(s.fc1_columns(), s.width);
-  p.layer.fc2 = linear(s.width, s.mlp_hidden);
-  p.layer_size = at;
-  at = p.first_layer + s.layers * p.layer_size;
-  p.proj_out = linear(s.raw_columns(), s.width);
-  if (s.pos_embed) p.pos_embed = take(s.tokens * padded_columns(s.width));
-  if (s.start_token) p.start_token = take(s.channels);
-  if (s.rope) {
-    p.rope_cos = take(static_cast<int64_t>(s.tokens) * (s.head_dim / 2));
-    p.rope_sin = take(static_cast<int64_t>(s.tokens) * (s.head_dim / 2));
-  }
-  p.size = at;
-  return p;
-}
+PackedBlock packed_block(const BlockShape& s);
 
-// The state_dict's tensors in the order: proj_in.weight, .bias, [pos_embed], [start_token], [rope_cos, rope_sin], then
-// per layer norm1.weight, [norm1.bias], qkv.weight, .bias, [q_norm.weight, k_norm.weight], proj.weight, .bias,
-// norm2.weight, [norm2.bias], fc1.weight, .bias, fc2.weight, .bias, and last proj_out.weight, .bias. [] where configured.
-// The visitor is called as linear(at, out, in) for a weight and its bias, and rows(at, n, columns, stride) for n rows.
-template <class Linear, class Rows>
-void for_each_weight(const BlockShape& s, const PackedBlock& p, Linear&& linear, Rows&& rows) {
-  const auto linear_at = [&](PackedLinear l, int64_t base) {
-    l.weight += base, l.bias += base;
-    linear(l);
-  };
-  const auto row = [&](int64_t at, int n) { rows(at, 1, n, n); };
-  const bool bias = s.norm == Norm::layernorm;
-  linear_at(p.proj_in, 0);
-  if (s.pos_embed) rows(p.pos_embed, s.tokens, s.width, static_cast<int>(padded_columns(s.width)));
-  if (s.start_token) row(p.start_token, s.channels);
-  if (s.rope) row(p.rope_cos, s.tokens * (s.head_dim / 2)), row(p.rope_sin, s.tokens * (s.head_dim / 2));
-  for (int j = 0; j < s.layers; ++j) {
-    const int64_t base = p.first_layer + j * p.layer_size;
-    row(base + p.layer.norm1_weight, s.width);
-    if (bias) row(base + p.layer.norm1_bias, s.width);
-    linear_at(p.layer.qkv, base);
-    if (s.qk_norm) row(base + p.layer.q_norm, s.head_dim), row(base + p.layer.k_norm, s.head_dim);
-    linear_at(p.layer.proj, base);
-    row(base + p.layer.norm2_weight, s.width);
-    if (bias) row(base + p.layer.norm2_bias, s.width);
-    linear_at(p.layer.fc1, base);
-    linear_at(p.layer.fc2, base);
-  }
-  linear_at(p.proj_out, 0);
-}
-
-// source: the state_dict's tensors in the order above, contiguous; packed: packed_block(s).size floats, 64-byte aligned
+// source: the state_dict's tensors, contiguous, in the order proj_in.weight, .bias, [pos_embed], [start_token],
+// [rope_cos, rope_sin], then per layer norm1.weight, [norm1.bias], qkv.weight, .bias, [q_norm.weight, k_norm.weight],
+// proj.weight, .bias, norm2.weight, [norm2.bias], fc1.weight, .bias, fc2.weight, .bias, and last proj_out.weight, .bias
+// ([] where configured); packed: packed_block(s).size floats, 64-byte aligned.
 void pack_block(const BlockShape& s, const float* const* source, float* packed);
+int64_t packed_sources(const BlockShape& s);                    // how many tensors that is
+int64_t packed_source_size(const BlockShape& s, int64_t index);  // the number of elements of one
 
 // ---- One call: all T tokens of B samples.
 struct DecodeBlockParams {
