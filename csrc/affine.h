@@ -47,9 +47,12 @@ struct AffineParams {
 
   // A chunk is the unit of work: whole tokens of one sample, about 8192 elements. It depends on the shape alone, so
   // sums are the same for any number of threads.
-  int64_t tokens_per_chunk() const { return D >= 8192 ? 1 : 8192 / (D > 0 ? D : 1); }
-  int64_t chunks_per_sample() const { return (T + tokens_per_chunk() - 1) / tokens_per_chunk(); }
-  int64_t chunks() const { return B * chunks_per_sample(); }
+  // (Inlined by force: a copy shared by the objects of all instruction sets would run on the wrong CPU.)
+  __attribute__((always_inline)) int64_t tokens_per_chunk() const { return D >= 8192 ? 1 : 8192 / (D > 0 ? D : 1); }
+  __attribute__((always_inline)) int64_t chunks_per_sample() const {
+    return (T + tokens_per_chunk() - 1) / tokens_per_chunk();
+  }
+  __attribute__((always_inline)) int64_t chunks() const { return B * chunks_per_sample(); }
 };
 
 namespace cpu {
