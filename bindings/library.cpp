@@ -11,6 +11,21 @@ STABLE_TORCH_LIBRARY(biflow, m) {
   m.def("cpu_isa() -> str");
   m.def("force_cpu_isa(str name) -> ()");
 
+  // one flow block: weights in the order of csrc/decode_block.h; the exact sequential inverse
+  m.def(
+      "pack_block(Tensor[] weights, *, int tokens, int channels, int width, int layers, int head_dim, int mlp_hidden, "
+      "str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, bool shift_only) -> Tensor");
+  m.def(
+      "decode_block(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, *, "
+      "int width, int layers, int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, bool rope, "
+      "bool pos_embed, bool start_token, bool shift_only, str layout, str scale, str clip, float clip_value, "
+      "str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> Tensor");
+  m.def(
+      "decode_block_(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, "
+      "Tensor(a!) out, *, int width, int layers, int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, "
+      "bool rope, bool pos_embed, bool start_token, bool shift_only, str layout, str scale, str clip, "
+      "float clip_value, str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> ()");
+
   // affine coupling with log-determinant; options as in biflow/ops/affine.py, clip "none" | "hard" | "tanh"
   m.def(
       "affine_encode(Tensor x, Tensor params, str layout, str scale, str clip, float clip_value, str clip_on, "
