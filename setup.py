@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
@@ -16,6 +17,12 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 11)  # the first one with the stable-ABI headers that bindings/ is written against
 STABLE_ABI_HEADER = Path("torch/csrc/stable/library.h")
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyproject.toml and do not say why
+    raise SystemExit(
+        f"\nbiflow: expected setuptools >= 77, found {setuptools.__version__}. "
+        "Without build isolation, run first: pip install -U setuptools wheel cmake ninja pybind11"
+    )
 
 
 def torch_folder() -> Path:

@@ -105,6 +105,15 @@ def test_versions_agree():
     assert declared == _C.build_info()["version"]
 
 
+def test_library_is_tied_to_no_python_and_no_torch_build():
+    """libbiflow.so asks torch for C functions of the stable ABI only, and Python for nothing."""
+    library = Path(biflow.__file__).with_name("libbiflow.so")
+    listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listing.stdout.splitlines()]
+    assert any(s.startswith("aoti_torch_") for s in symbols)  # nm saw the library
+    assert [s for s in symbols if re.match(r"_?Py|_ZN?K?(2at|3c10|5torch)|GOMP_", s)] == []
+
+
 def test_build_info():
     info = _C.build_info()
     assert info["instruction_sets"][0] == "portable"
