@@ -1,0 +1,171 @@
+"""What both transformers share: the layer, its norms and gates, rotary tables, patches, class tables, input checks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from biflow import ops
+
+NORM_EPS = {"layernorm": 1e-5, "rmsnorm": 1e-6}
+QK_NORM_EPS = 1e-6
+ROPE_THETA = 1e4
+
+
+class Norm(nn.Module):
+    """LayerNorm (weight, bias; eps 1e-5) or RMSNorm (weight; eps 1e-6) over the last dimension, computed in fp32.
+
+    x (..., width) any float dtype -> the same shape and dtype.
+    """
+
+    def __init__(self, kind: str, width: int):
+        super().__init__()
+        if kind not in NORM_EPS:
+            raise ValueError(f"norm: expected one of {', '.join(NORM_EPS)}, got {kind!r}")
+        self.eps = NORM_EPS[kind]
+        self.weight = nn.Parameter(torch.ones(width))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if self.bias is not None:
+            return F.layer_norm(wide, wide.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
+        return F.rms_norm(wide, wide.shape[-1:], self.weight, self.eps).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: h + proj(attention(norm1 h)), then h + fc2(gate(fc1(norm2 h))).
+
+    Args:
+        width, head_dim: C and d; width must be a multiple of head_dim.
+        mlp_hidden: F, the hidden width of the MLP.
+        norm: "layernorm" | "rmsnorm".
+        gate: "gelu" (exact) | "swiglu" (silu(first half) * second half; fc1 writes 2F).
+        qk_norm: RMSNorm over each head's channels of q and k, before the rotary embedding.
+    """
+
+    def __init__(self, width: int, head_dim: int, mlp_hidden: int, norm: str, gate: str, qk_norm: bool):
+        super().__init__()
+        self.head_dim = head_dim
+        self.gate = gate
+        self.norm1 = Norm(norm, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(head_dim, eps=QK_NORM_EPS) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=QK_NORM_EPS) if qk_norm else None
+        self.proj = nn.Linear(width, width)
+        self.norm2 = Norm(norm, width)
+        self.fc1 = nn.Linear(width, 2 * mlp_hidden if gate == "swiglu" else mlp_hidden)
+        self.fc2 = nn.Linear(mlp_hidden, width)
+
+    def forward(
+        self, h: Tensor, rope: tuple[Tensor, Tensor] | None, *, causal: bool, prefix: int = 0, attn_temp: float = 1.0
+    ) -> Tensor:
+        """h (B,N,C) -> (B,N,C). rope: tables (N - prefix, d/2); the first `prefix` tokens are not rotated."""
+        batch, length, width = h.shape
+        q, k, v = self.qkv(self.norm1(h)).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rope is not None:
+            q, k = apply_rope(q, *rope, prefix), apply_rope(k, *rope, prefix)
+        o = ops.attention(q, k, v, causal=causal, scale=self.head_dim**-0.5 / attn_temp)
+        h = h + self.proj(o.transpose(1, 2).reshape(batch, length, width))
+        m = self.fc1(self.norm2(h))
+        if self.gate == "swiglu":
+            a, b = m.chunk(2, dim=-1)
+            m = F.silu(a) * b
+        else:
+            m = F.gelu(m)
+        return h + self.fc2(m)
+
+
+def check_transformer(width: int, head_dim: int, norm: str, gate: str) -> None:
+    """Raises ValueError on a width, head_dim, norm or gate that `Layer` does not take."""
+    if width <= 0 or head_dim <= 0 or width % head_dim:
+        raise ValueError(f"width: expected a positive multiple of head_dim {head_dim}, got {width}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim: expected an even number, got {head_dim}")
+    if norm not in NORM_EPS:
+        raise ValueError(f"norm: expected one of {', '.join(NORM_EPS)}, got {norm!r}")
+    if gate not in ("gelu", "swiglu"):
+        raise ValueError(f"gate: expected 'gelu' or 'swiglu', got {gate!r}")
+
+
+def rope_tables(side: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (side * side, head_dim / 2): axial rotary angles of a square token grid, row-major.
+
+    The first half of the channel pairs turns with the row, the rest with the column; frequencies theta^(-i/n), theta
+    = 1e4, n pairs an axis (RoFormer, arXiv 2104.09864; axial form as in STARFlow, arXiv 2506.06276).
+    """
+    pairs = head_dim // 2
+    by_row = (pairs + 1) // 2
+    position = torch.arange(side, dtype=torch.float64)
+
+    def angles(n: int) -> Tensor:
+        return position[:, None] * ROPE_THETA ** (-torch.arange(n, dtype=torch.float64) / max(n, 1))
+
+    rows = angles(by_row)[:, None, :].expand(side, side, by_row)
+    columns = angles(pairs - by_row)[None, :, :].expand(side, side, pairs - by_row)
+    angle = torch.cat([rows, columns], dim=-1).reshape(side * side, pairs)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, prefix: int = 0) -> Tensor:
+    """Rotate channel pairs (2i, 2i+1) of x (B,H,N,d) by the tables (N - prefix, d/2); computed in the tables' dtype."""
+    head, tail = x[:, :, :prefix], x[:, :, prefix:]
+    even, odd = tail[..., 0::2], tail[..., 1::2]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    return torch.cat([head, turned], dim=2) if prefix else turned
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Images (B,C,H,W) -> tokens (B, (H/P)(W/P), C P^2); features ordered (channel, row, column), tokens row-major."""
+    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, patch: int) -> Tensor:
+    """The inverse of `patchify` for square images."""
+    side = round(tokens.shape[1] ** 0.5)
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), patch)
+
+
+def class_rows(table: Tensor, y: Tensor | None, batch: int) -> Tensor:
+    """Rows (batch, K, C) of a class table (N, K, C); y (B,) int64, negative or None: the mean over classes."""
+    mean = table.mean(dim=0, keepdim=True)
+    if y is None:
+        return mean.expand(batch, -1, -1)
+    return torch.where((y < 0).view(-1, 1, 1), mean, table[y.clamp_min(0)])
+
+
+# --- checks of values at the models' entry points. Skipped while torch.compile traces: they would break the graph.
+
+
+def check_labels(y: Tensor | None, num_classes: int, batch: int) -> None:
+    """y: None, or (batch,) int64 with values in [-1, num_classes)."""
+    if y is None:
+        return
+    if num_classes == 0:
+        raise ValueError("y: expected None for a model without classes (num_classes=0), got labels")
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise TypeError(f"y: expected an int64 tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+    if y.shape != (batch,):
+        raise ValueError(f"y: expected shape ({batch},), got {tuple(y.shape)}")
+    if torch.compiler.is_compiling() or batch == 0:
+        return
+    low, high = int(y.min()), int(y.max())
+    if low < -1 or high >= num_classes:
+        raise ValueError(
+            f"y: expected labels in [0, {num_classes}) or -1 (unconditional), got values in [{low}, {high}]"
+        )
+
+
+def check_floats(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
+    """x: a finite floating-point tensor of the given shape (None: any size)."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(
+            f"{name}: expected a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x)}"
+        )
+    if x.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
+        want = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"{name}: expected finite values, got {bad} NaN or infinite of {x.numel()}")

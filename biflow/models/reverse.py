@@ -1,0 +1,239 @@
+"""BiFlow's learned inverse: a bidirectional transformer that maps noise to clean data in one pass.
+
+Source: BiFlow (arXiv 2512.10953). The layers form one group per flow block of the forward model, in decode order, plus
+one group for denoising. The hidden state after group k is read by a head that predicts the forward trajectory's state
+x_{B-k}; the last group ends in the clean image. Those heads serve training (`biflow.train.distill`): sampling skips them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from biflow.models.layers import (
+    Layer,
+    Norm,
+    check_floats,
+    check_labels,
+    check_transformer,
+    class_rows,
+    rope_tables,
+    unpatchify,
+)
+
+
+@dataclass(frozen=True)
+class BiFlowConfig:
+    """Shape and options of a BiFlow.
+
+    img_size, in_channels, patch_size: as in the forward model's TarFlowConfig.
+    num_blocks: B, flow blocks of the forward model; the reverse has B + 1 groups of layers.
+    layers_per_group, width, head_dim, mlp_ratio: layers in each group; C; d; hidden width of the MLP over C.
+    num_classes, class_tokens: classes (0: none) and in-context tokens per class.
+    max_guidance, guidance_tokens: guidance strengths in [0, max_guidance] are an input of the network, given as
+        in-context tokens, and sampling with guidance is one pass. max_guidance = 0: guidance is not an input; sampling
+        with guidance takes two passes.
+    norm, gate, qk_norm, rope, pos_embed: the layer's variants (models/layers.py).
+    """
+
+    img_size: int
+    in_channels: int = 3
+    patch_size: int = 2
+    num_blocks: int = 4
+    layers_per_group: int = 2
+    width: int = 256
+    head_dim: int = 64
+    mlp_ratio: float = 8 / 3
+    num_classes: int = 0
+    class_tokens: int = 8
+    max_guidance: float = 0.0
+    guidance_tokens: int = 4
+    norm: str = "rmsnorm"
+    gate: str = "swiglu"
+    qk_norm: bool = True
+    rope: bool = True
+    pos_embed: bool = True
+
+    def __post_init__(self):
+        for name in ("img_size", "in_channels", "patch_size", "num_blocks", "layers_per_group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.img_size % self.patch_size:
+            raise ValueError(f"img_size: expected a multiple of patch_size {self.patch_size}, got {self.img_size}")
+        check_transformer(self.width, self.head_dim, self.norm, self.gate)
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes: expected 0 or more, got {self.num_classes}")
+        if self.num_classes and self.class_tokens < 1:
+            raise ValueError(f"class_tokens: expected at least 1 for a model with classes, got {self.class_tokens}")
+        if not (self.max_guidance >= 0 and math.isfinite(self.max_guidance)):
+            raise ValueError(f"max_guidance: expected a finite number >= 0, got {self.max_guidance}")
+        if self.max_guidance and not self.num_classes:
+            raise ValueError("max_guidance: expected 0 without classes (guidance needs a condition)")
+        if self.max_guidance and self.guidance_tokens < 1:
+            raise ValueError(f"guidance_tokens: expected at least 1 with max_guidance, got {self.guidance_tokens}")
+        if not (math.isfinite(self.mlp_ratio) and round(self.mlp_ratio * self.width) >= 1):
+            raise ValueError(f"mlp_ratio: expected mlp_ratio * width of at least 1, got {self.mlp_ratio}")
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens an image."""
+        return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def channels(self) -> int:
+        """D, channels a token."""
+        return self.in_channels * self.patch_size**2
+
+
+class GuidanceEmbedding(nn.Module):
+    """Guidance strength w (B,) -> in-context tokens (B, K, C): sinusoids of log(1 + w), then a two-layer MLP."""
+
+    FREQUENCIES = 32
+
+    def __init__(self, tokens: int, width: int):
+        super().__init__()
+        self.tokens = tokens
+        self.fc1 = nn.Linear(2 * self.FREQUENCIES, width)
+        self.fc2 = nn.Linear(width, tokens * width)
+        frequency = math.pi * 2.0 ** torch.linspace(-3, 3, self.FREQUENCIES)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, w: Tensor) -> Tensor:
+        angle = torch.log1p(w)[:, None] * self.frequency
+        h = self.fc2(nn.functional.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], dim=1))))
+        return h.view(w.shape[0], self.tokens, -1)
+
+
+class BiFlow(nn.Module):
+    """The learned inverse G: z (and a class, and a guidance strength) -> clean image, in one parallel pass."""
+
+    def __init__(self, config: BiFlowConfig):
+        super().__init__()
+        self.config = c = config
+        self.proj_in = nn.Linear(c.channels, c.width)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(c.tokens, c.width)) if c.pos_embed else None
+        self.class_embed = (
+            nn.Parameter(0.02 * torch.randn(c.num_classes, c.class_tokens, c.width)) if c.num_classes else None
+        )
+        # in-context tokens of "no class": a learned row of its own, trained by dropping labels
+        self.null_class = nn.Parameter(0.02 * torch.randn(1, c.class_tokens, c.width)) if c.num_classes else None
+        self.guidance_embed = GuidanceEmbedding(c.guidance_tokens, c.width) if c.max_guidance else None
+        rope = rope_tables(c.img_size // c.patch_size, c.head_dim) if c.rope else (None, None)
+        self.register_buffer("rope_cos", rope[0], persistent=False)
+        self.register_buffer("rope_sin", rope[1], persistent=False)
+        hidden = round(c.mlp_ratio * c.width)
+        self.groups = nn.ModuleList(
+            nn.ModuleList(
+                Layer(c.width, c.head_dim, hidden, c.norm, c.gate, c.qk_norm) for _ in range(c.layers_per_group)
+            )
+            for _ in range(c.num_blocks + 1)
+        )
+        # heads[k] reads the state after group k: k < B predicts x_{B-1-k}, k = B the clean image
+        self.heads = nn.ModuleList(
+            nn.Sequential(Norm(c.norm, c.width), nn.Linear(c.width, c.channels)) for _ in range(c.num_blocks + 1)
+        )
+        for head in self.heads:
+            nn.init.zeros_(head[1].weight)
+            nn.init.zeros_(head[1].bias)
+
+    def forward(
+        self, z: Tensor, y: Tensor | None = None, w: Tensor | None = None, *, return_states: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """One pass in token space; what training differentiates.
+
+        Args:
+            z: (B,T,D) noise.
+            y: labels (B,) int64; -1 or None: no class.
+            w: guidance strength (B,), float >= 0, for a model with max_guidance > 0; None: 0.
+            return_states: also return the heads' predictions of the trajectory.
+
+        Returns:
+            clean tokens (B,T,D); with return_states (clean, [x_0, ..., x_{B-1}] predictions, each (B,T,D), data order).
+        """
+        c, batch = self.config, z.shape[0]
+        h = self.proj_in(z)
+        if self.pos_embed is not None:
+            h = h + self.pos_embed
+        prefix = []
+        if self.class_embed is not None:
+            prefix.append(self._class_tokens(y, batch))
+        if self.guidance_embed is not None:
+            prefix.append(self.guidance_embed(z.new_zeros(batch) if w is None else w))
+        length = sum(p.shape[1] for p in prefix)
+        if prefix:
+            h = torch.cat([*[p.to(h.dtype) for p in prefix], h], dim=1)
+        rope = (self.rope_cos, self.rope_sin) if c.rope else None
+        states = []
+        for group, head in zip(self.groups, self.heads, strict=True):
+            for layer in group:
+                h = layer(h, rope, causal=False, prefix=length)
+            if return_states or head is self.heads[-1]:
+                states.append(head(h[:, length:]))
+        clean = states.pop()
+        return (clean, states[::-1]) if return_states else clean
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, y: Tensor | None = None, *, guidance: float = 0.0, precision: str = "fp32") -> Tensor:
+        """Noise to clean images, in one pass; in two (conditional and not) with guidance > 0 that was not trained in.
+
+        Args:
+            z: (B,T,D) fp32, as `TarFlow.encode` returns it.
+            y: labels (B,) int64; -1 or None: no class; guidance does not act on those.
+            guidance: w in [0, max_guidance] if trained in, any w >= 0 otherwise; 0 means none. Trained in:
+                G(z | y, w). Otherwise G(z | y) + w (G(z | y) - G(z)).
+            precision: "fp32".
+
+        Returns:
+            x (B,C,H,W) fp32, about [-1, 1], not clamped.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape, NaN in z, labels or guidance out of range, unknown precision.
+        """
+        c = self.config
+        check_floats("z", z, (None, c.tokens, c.channels))
+        if z.dtype != torch.float32:
+            raise TypeError(f"z: decoding runs in fp32; expected a float32 tensor, got {z.dtype}")
+        check_labels(y, c.num_classes, z.shape[0])
+        if precision != "fp32":
+            raise ValueError(f"precision: expected one of fp32, got {precision!r}")
+        if not (guidance >= 0 and math.isfinite(guidance)):
+            raise ValueError(f"guidance: expected a finite number >= 0, got {guidance}")
+        if guidance > 0 and not c.num_classes:
+            raise ValueError(f"guidance: expected 0 for a model without classes, got {guidance}")
+        if c.max_guidance:
+            if guidance > c.max_guidance:
+                raise ValueError(f"guidance: expected at most {c.max_guidance} (as trained), got {guidance}")
+            w = z.new_full((z.shape[0],), guidance)
+            x = self(z, y, w if y is None else torch.where(y < 0, 0.0, w))
+        else:
+            x = self(z, y)
+            if guidance > 0:
+                x = x + guidance * (x - self(z, None))
+        return unpatchify(x, c.patch_size)
+
+    def sample(
+        self,
+        n: int,
+        y: Tensor | None = None,
+        *,
+        guidance: float = 0.0,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        precision: str = "fp32",
+    ) -> Tensor:
+        """Draw n images (n,C,H,W) in one pass each: z ~ N(0, temperature^2), then `decode`."""
+        c = self.config
+        if n < 0:
+            raise ValueError(f"n: expected 0 or more, got {n}")
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
+        own = self.proj_in.weight.device
+        device = generator.device if generator is not None else own
+        z = torch.randn(n, c.tokens, c.channels, generator=generator, device=device).to(own)
+        return self.decode(temperature * z, y, guidance=guidance, precision=precision)
+
+    def _class_tokens(self, y: Tensor | None, batch: int) -> Tensor:
+        if y is None:
+            return self.null_class.expand(batch, -1, -1)
+        return torch.where((y < 0).view(-1, 1, 1), self.null_class, class_rows(self.class_embed, y, batch))
