@@ -7,6 +7,7 @@ snippet that breaks its rule, so a checker that has gone blind turns red too.
 import ast
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "config": {"config"},
     "reference": {"reference"},
     "ops": {"ops", "_library"},
-    "solvers": {"solvers", "ops"},
+    "solvers": {"solvers", "ops", "config"},
     "models": {"models", "ops", "solvers", "config"},
     "data": {"data", "config"},
 }
@@ -34,6 +35,7 @@ TOP = {"cli", "demo"}  # imported by nothing below them
 
 # An op is a stem; `git ls-files '*affine*'` shows its whole life.
 STEMS = ("affine", "attention", "decode_block")
+OTHER_NAMES = {"pack_block": "decode_block"}  # ops of a stem whose name does not begin with it
 # Torch's own fused attention is the CPU kernel of `attention`: it needs no csrc and no bindings until CUDA has one.
 KERNEL_IS_TORCH = {"attention"}
 NOT_OPS = {"cpu_isa", "force_cpu_isa"}  # which CPU kernels run: no tensors
@@ -86,11 +88,13 @@ def runs_foreign_code(python: str) -> list[str]:
     """Ways in which a file that is read could run code."""
     problems = []
     for node in ast.walk(ast.parse(python)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            problems += [
-                f"line {node.lineno}: imports {n}" for n in names if n in ("pickle", "cPickle", "dill", "shelve")
-            ]
+        if isinstance(node, ast.Import):
+            problems += [f"line {node.lineno}: {a.name}" for a in node.names if a.name in ("dill", "shelve", "marshal")]
+        if isinstance(node, ast.ImportFrom) and node.module == "pickle":
+            problems += [f"line {node.lineno}: {a.name}" for a in node.names if a.name != "UnpicklingError"]
+        # naming the error that torch.load raises is all that pickle is good for
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle" and node.attr != "UnpicklingError":
+            problems.append(f"line {node.lineno}: pickle.{node.attr}")
         if not isinstance(node, ast.Call):
             continue
         name, options = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
@@ -204,7 +208,7 @@ def test_reference_needs_only_torch():
         tree = ast.parse(file.read_text())
         names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
         names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and not n.level]
-        assert {n.split(".")[0] for n in names} <= {"torch", "biflow", "math", "typing", "collections", "dataclasses"}
+        assert {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) <= {"torch", "biflow"}
 
 
 def test_no_source_file_is_too_long():
@@ -224,7 +228,7 @@ def schemas() -> dict[str, torch.FunctionSchema]:
 
 
 def test_every_registered_op_belongs_to_a_stem():
-    assert [n for n in schemas() if not n.startswith(STEMS)] == []
+    assert [n for n in schemas() if not OTHER_NAMES.get(n, n).startswith(STEMS)] == []
 
 
 def test_every_module_of_ops_is_a_stem():
@@ -248,8 +252,10 @@ def test_stem_is_compiled(stem):
 
 
 def test_every_op_has_a_fake_kernel():
+    """Its own, or that of the torch ops which it is composed of."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert [n for n in schemas() if not has_kernel(f"biflow::{n}", "Meta")] == []
+    keys = ("Meta", "CompositeImplicitAutograd")
+    assert [n for n in schemas() if not any(has_kernel(f"biflow::{n}", key) for key in keys)] == []
 
 
 def test_ops_that_write_into_buffers_say_so():
@@ -273,8 +279,11 @@ def test_reference_has_the_same_signature(name):
 
 @pytest.mark.parametrize("name", ["affine_encode", "affine_decode", "attention", "decode_block"])
 def test_public_op_is_documented(name):
+    """Every parameter, what comes back and what is raised; "as in <op>" refers to another op's text."""
     text = inspect.getdoc(getattr(ops, name)) or ""
-    assert [word for word in ("Args:", "Returns:", "Raises:") if word not in text] == []
+    text += "".join(inspect.getdoc(getattr(ops, other)) for other in re.findall(r"as in (\w+)", text))
+    words = [*inspect.signature(getattr(ops, name)).parameters, "ValueError", "TypeError"]
+    assert [word for word in words if not re.search(rf"\b{word}\b", text)] == []
 
 
 # --- the checkers themselves ----------------------------------------------------------------------------------------
@@ -290,7 +299,8 @@ BAD = [
     (defines_schema, 'm.def("norm(Tensor x) -> Tensor");'),
     (reads_environment, "import os\nfast = os.environ.get('FAST')"),
     (reads_environment, "from os import getenv"),
-    (runs_foreign_code, "import pickle"),
+    (runs_foreign_code, "import pickle\npickle.load(file)"),
+    (runs_foreign_code, "from pickle import Unpickler"),
     (runs_foreign_code, "torch.load(path)"),
     (runs_foreign_code, "torch.load(path, weights_only=False)"),
     (runs_foreign_code, "numpy.load(path, allow_pickle=True)"),
@@ -310,7 +320,7 @@ GOOD = [
     (sees_torch_or_python, '// #include <torch/torch.h>\n#include "cpu/isa.h"'),
     (uses_assembly, "// no _mm512_add_ps here\nint x = y << 3;"),
     (defines_schema, 'm.def("build_info", [] { return 1; });'),
-    (runs_foreign_code, "torch.load(path, weights_only=True)"),
+    (runs_foreign_code, "try: torch.load(path, weights_only=True)\nexcept pickle.UnpicklingError: pass"),
     (loops_over_tokens, "for block in self.blocks: pass\nfor _ in range(c.class_tokens): pass"),
     (lambda s: wrong_arrows(s, "biflow.models.tarflow"), "from biflow import ops, solvers\nfrom .layers import Layer"),
     (lambda s: wrong_arrows(s, "biflow.cli"), "from biflow import demo, train"),

@@ -12,10 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 # What makes a README command small, put after its configuration. `demo` has no small form: CI runs `make demo`.
-TINY = {
-    "train": ["model.width=32", "model.head_dim=16", "model.num_blocks=2", "train.steps=2", "train.batch_size=8"],
-    "distill": ["model.width=32", "model.head_dim=16", "train.steps=2", "train.batch_size=8"],
-}
+SMALL = ["model.width=32", "model.head_dim=16", "model.num_blocks=2", "optim.steps=2", "optim.batch_size=8"]
+TINY = {"train": SMALL, "distill": SMALL}
 NOT_RUN = ("demo",)
 
 
