@@ -12,6 +12,7 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent.resolve()
@@ -81,6 +82,14 @@ class CheckedDistInfo(dist_info):
         super().run()
 
 
+class FreshBuildPy(build_py):
+    """setuptools never empties its build folder: a module deleted since would still go into the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "biflow", ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("libbiflow"):  # a plain shared library, the same for every Python
@@ -126,5 +135,5 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension("biflow.libbiflow", []), Extension("biflow._C", [])],
-    cmdclass={"build_ext": CMakeBuild, "dist_info": CheckedDistInfo},
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuildPy, "dist_info": CheckedDistInfo},
 )

@@ -155,3 +155,15 @@ def test_moved_checkout_is_configured_anew(sources, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=moved, capture_output=True, text=True, timeout=120)
     assert "configured" in done.stderr, done.stderr
     assert f"CMAKE_HOME_DIRECTORY:INTERNAL={moved}" in cache.read_text()
+
+
+@pytest.mark.slow
+def test_deleted_module_does_not_reach_the_next_wheel(sources, tmp_path):
+    """setuptools keeps its build folder between builds."""
+    stale = tmp_path / "lib" / "biflow" / "gone.py"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    done = setup_py(sources, "-q", "build_py", "--build-lib", str(tmp_path / "lib"))
+    assert done.returncode == 0, done.stderr
+    assert not stale.exists()
+    assert (stale.parent / "_library.py").exists()
