@@ -328,6 +328,12 @@ GOOD = [
 ]
 
 
+@pytest.mark.parametrize("folder", ["csrc", "bindings", "biflow", "biflow/models", "biflow/ops", "tests", "benchmarks"])
+def test_rules_govern_files(folder):
+    """A folder that moved would leave its rules with nothing to look at."""
+    assert files(folder, "*.py", *CXX)
+
+
 @pytest.mark.parametrize(("checker", "snippet"), BAD)
 def test_checkers_can_fail(checker, snippet):
     assert checker(snippet)
