@@ -11,8 +11,9 @@ CXX_SOURCES := $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name 
 
 .PHONY: demo test lint format bench clean
 
+# --resume: an interrupted demo goes on where it was, a finished one is evaluated again; remove $(OUT) to start anew.
 demo: $(BUILT)
-	$(BIN)/biflow demo --out $(OUT)
+	$(BIN)/biflow demo --out $(OUT) --resume
 
 test: $(BUILT)
 	$(BIN)/python -m pytest
