@@ -1,4 +1,5 @@
-# A fresh machine needs Python >= 3.10 with venv, a C++17 compiler and make; the rest comes from requirements/dev.txt.
+# A fresh machine needs Python >= 3.11 with venv, GCC or Clang with C++17, and make; the rest comes from
+# requirements/dev.txt.
 PYTHON ?= python3
 OUT ?= runs/demo
 
@@ -40,6 +41,7 @@ ifneq ($(shell cat $(ORIGIN) 2>/dev/null),$(CURDIR) $(PYTHON))
 endif
 
 $(INSTALLED): requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python >= 3.11 (the pinned versions need it), got " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/dev.txt
 	echo "$(CURDIR) $(PYTHON)" > $(ORIGIN)
