@@ -143,7 +143,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
-        values = {"loss": float(loss), **{k: float(v) for k, v in terms.items()}, "grad_norm": float(norm)}
+        values = {"loss": float(loss.detach()), **{k: float(v) for k, v in terms.items()}, "grad_norm": float(norm)}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
             raise FloatingPointError(
