@@ -127,10 +127,10 @@ def test_a_pickled_file_is_refused_and_not_unpickled(zipped, tmp_path):
 def test_foreign_files_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"w": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="written by biflow, with metadata .* got no metadata"):
+    with pytest.raises(ValueError, match=r"written by biflow, with metadata .* got no metadata"):
         biflow.load(path)
     save_file({"w": torch.zeros(2)}, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="written by biflow, with metadata .* got format"):
+    with pytest.raises(ValueError, match=r"written by biflow, with metadata .* got format"):
         biflow.load(path)
     path.write_text("hello, this is not a model\n" * 10)
     with pytest.raises(ValueError, match="expected a complete safetensors file"):

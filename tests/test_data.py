@@ -101,7 +101,10 @@ LABELS = np.array([0, 1, 0, 1, 0, 1])
         ({"images": gray(), "labels": LABELS * 1.0}, "labels: expected 6 integers"),
         ({"images": gray(), "labels": LABELS - 1}, "expected labels counted from 0"),
         ({"images": gray(), "labels": LABELS * 2}, "no training image of class 1 below 2"),
-        ({"x_train": gray(), "y_train": LABELS, "x_test": gray(1), "y_test": LABELS[:1] + 2}, "y_test: expected labels"),
+        (
+            {"x_train": gray(), "y_train": LABELS, "x_test": gray(1), "y_test": LABELS[:1] + 2},
+            "y_test: expected labels",
+        ),
         ({"images": np.array([{}, None], dtype=object)}, "Object arrays cannot be loaded"),
     ],
     ids=lambda v: ",".join(v) if isinstance(v, dict) else v[:25],
@@ -195,13 +198,13 @@ def test_folders_with_wrong_content_are_refused(tmp_path):
         load()
     (root / "bees" / "9.png").unlink()
     (root / "cats").mkdir()
-    with pytest.raises(ValueError, match="cats: expected images .* in every class folder"):
+    with pytest.raises(ValueError, match=r"cats: expected images .* in every class folder"):
         load()
     Image.new("L", (6, 6)).save(root / "stray.png")
     with pytest.raises(ValueError, match="got both"):
         load()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="expected images .* got none"):
+    with pytest.raises(ValueError, match=r"expected images .* got none"):
         datasets.load(DataConfig(source=str(tmp_path / "empty"), img_size=6))
 
 
