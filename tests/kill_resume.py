@@ -1,15 +1,14 @@
 """Kill a training run with SIGKILL at random moments and resume it; the end must be that of a run left in peace.
 
 `python tests/kill_resume.py --kills 20 --stage flow` runs it once by hand; tests/test_resume.py runs it with 3 kills.
-`python tests/kill_resume.py worker STAGE FOLDER STEPS` is the run that gets killed.
+The runs are processes forked from a server that has imported torch already.
 """
 
 import argparse
 import json
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,13 +17,12 @@ TIMEOUT = 120.0  # seconds without progress
 
 
 def worker(stage: str, folder: Path, steps: int) -> None:
-    """Train, or continue; says so first, so that whoever kills it can tell the import from the run."""
+    """Train, or continue."""
     from tiny_training import flow_config, inverse_config, random_flow
 
     from biflow import train
 
     data = folder.parent / "images.npz"
-    print("ready", flush=True)
     if stage == "flow":
         train.train_flow(flow_config(data, steps, every=5, log_every=1), folder, resume=True, progress=False)
     else:
@@ -33,11 +31,11 @@ def worker(stage: str, folder: Path, steps: int) -> None:
         train.train_inverse(config, flow, folder, resume=True, progress=False)
 
 
-def start(stage: str, folder: Path, steps: int) -> subprocess.Popen:
-    command = [sys.executable, __file__, "worker", stage, str(folder), str(steps)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    if process.stdout.readline() != "ready\n":
-        raise AssertionError(f"the worker did not start: exit code {process.wait()}")
+def start(stage: str, folder: Path, steps: int) -> multiprocessing.Process:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["biflow.train"])
+    process = context.Process(target=worker, args=(stage, folder, steps))
+    process.start()
     return process
 
 
@@ -50,17 +48,18 @@ def last_step(folder: Path) -> int:
     return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
 
 
-def kill_at(process: subprocess.Popen, folder: Path, step: int, delay: float) -> None:
+def kill_at(process: multiprocessing.Process, folder: Path, step: int, delay: float) -> None:
     """SIGKILL `delay` seconds after the run reached `step`."""
     deadline = time.monotonic() + TIMEOUT
     while last_step(folder) < step:
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError(f"the run did not reach step {step}: exit code {process.poll()}")
+        if not process.is_alive() or time.monotonic() > deadline:
+            raise AssertionError(f"the run did not reach step {step}: exit code {process.exitcode}")
         time.sleep(0.002)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    if process.wait() != -signal.SIGKILL:
-        raise AssertionError(f"the run ended (exit code {process.returncode}) before it was killed; give it more steps")
+    process.kill()
+    process.join()
+    if process.exitcode != -signal.SIGKILL:
+        raise AssertionError(f"the run ended (exit code {process.exitcode}) before it was killed; give it more steps")
 
 
 def check(stage: str, kills: int, folder: Path, seed: int, steps: int, say=lambda text: None) -> None:
@@ -75,7 +74,7 @@ def check(stage: str, kills: int, folder: Path, seed: int, steps: int, say=lambd
     targets = sorted(rng.randrange(steps * 3 // 4) if rng.random() < 0.75 else 0 for _ in range(kills))
     for target in targets:
         process = start(stage, killed, steps)
-        kill_at(process, killed, target, rng.uniform(0, 0.05))
+        kill_at(process, killed, target, rng.uniform(0, 0.08))
         found = sorted(p.name for p in (killed / "checkpoints").glob("*")) if killed.exists() else []
         say(f"killed at step {last_step(killed)} (aimed at {target}); checkpoints: {' '.join(found) or 'none'}")
     finish(start(stage, killed, steps))
@@ -86,9 +85,11 @@ def check(stage: str, kills: int, folder: Path, seed: int, steps: int, say=lambd
     assert not [p for p in killed.rglob(".tmp-*")], "leftovers of a killed process"
 
 
-def finish(process: subprocess.Popen) -> None:
-    if process.wait(timeout=TIMEOUT) != 0:
-        raise AssertionError(f"the run failed: exit code {process.returncode}")
+def finish(process: multiprocessing.Process) -> None:
+    process.join(TIMEOUT)
+    if process.exitcode != 0:
+        process.kill()
+        raise AssertionError(f"the run failed: exit code {process.exitcode}")
 
 
 def raw_state(folder: Path, steps: int) -> dict:
@@ -107,9 +108,6 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["worker"]:
-        worker(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
-        return
     parser = argparse.ArgumentParser(description="kill and resume a tiny training run; exit code 0: nothing was lost")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--stage", choices=("flow", "inverse"), default="flow")
