@@ -123,34 +123,45 @@ inline void copy_row(const From* from, To* to, int64_t n, bool room) {
     each_vector<S>(n, [&](int64_t i, auto m) { store_n(to + i, load_n(from + i, m), m); });
 }
 
+// (s0 t0 s1 t1 ..) <-> (s0 s1 ..), (t0 t1 ..), n of each
 template <class S, class Net>
 void unpack_pairs(const Net* from, S* even, S* odd, int64_t n) {
-  int64_t i = 0;
-  if constexpr (std::is_same_v<S, float>)
-    for (; i + kLanes <= n; i += kLanes) {
+  if constexpr (std::is_same_v<S, double>) {
+    for (int64_t i = 0; i < n; ++i) even[i] = from[2 * i], odd[i] = from[2 * i + 1];
+  } else {
+    const auto step = [&](vfloat low, vfloat high, int64_t i) {
       vfloat e, o;
-      split_pairs(load(from + 2 * i), load(from + 2 * i + kLanes), e, o);
+      split_pairs(low, high, e, o);
       store(even + i, e);
       store(odd + i, o);
-    }
-  S pair[2 * kLanes];
-  if (i < n) copy_row<S>(from + 2 * i, pair, 2 * (n - i), false);
-  for (int64_t j = 0; i < n; ++i, j += 2) even[i] = pair[j], odd[i] = pair[j + 1];
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) step(load(from + 2 * i), load(from + 2 * i + kLanes), i);
+    if (i == n) return;
+    float pair[2 * kLanes] = {};
+    copy_row<float>(from + 2 * i, pair, 2 * (n - i), false);
+    step(load(pair), load(pair + kLanes), i);  // the scratch has room for a whole vector
+  }
 }
-
 template <class S, class Net>
 void pack_pairs(const S* even, const S* odd, Net* to, int64_t n) {
-  int64_t i = 0;
-  if constexpr (std::is_same_v<S, float>)
+  if constexpr (std::is_same_v<S, double>) {
+    for (int64_t i = 0; i < n; ++i) to[2 * i] = even[i], to[2 * i + 1] = odd[i];
+  } else {
+    int64_t i = 0;
+    vfloat low, high;
     for (; i + kLanes <= n; i += kLanes) {
-      vfloat low, high;
       join_pairs(load(even + i), load(odd + i), low, high);
       store(to + 2 * i, low);
       store(to + 2 * i + kLanes, high);
     }
-  S pair[2 * kLanes];
-  for (int64_t j = i; j < n; ++j) pair[2 * (j - i)] = even[j], pair[2 * (j - i) + 1] = odd[j];
-  if (i < n) copy_row<S>(pair, to + 2 * i, 2 * (n - i), false);
+    if (i == n) return;
+    float pair[2 * kLanes];
+    join_pairs(load(even + i), load(odd + i), low, high);
+    store(pair, low);
+    store(pair + kLanes, high);
+    copy_row<float>(pair, to + 2 * i, 2 * (n - i), false);
+  }
 }
 
 // ---- one chunk
