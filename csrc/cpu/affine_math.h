@@ -10,12 +10,12 @@
 namespace biflow::cpu::BIFLOW_ISA {
 
 template <Clip kClip, class V>
-inline V clip(V a, V c) {
+BIFLOW_INLINE V clip(V a, V c) {
   if constexpr (kClip == Clip::hard) {
     a = a > c ? c : a;  // NaN compares false and stays
     return a < -c ? -c : a;
   } else if constexpr (kClip == Clip::tanh) {
-    return c * tanh(a / c);
+    return c * tanh(a * (constant<V>(1) / c));
   } else {
     return a;
   }
@@ -23,12 +23,12 @@ inline V clip(V a, V c) {
 
 // d clip / da. Hard: 1 on the closed interval [-c, c], as torch.clamp has it.
 template <Clip kClip, class V>
-inline V clip_gradient(V a, V c) {
+BIFLOW_INLINE V clip_gradient(V a, V c) {
   const V one = constant<V>(1);
   if constexpr (kClip == Clip::hard) {
     return abs(a) <= c ? one : constant<V>(0);
   } else if constexpr (kClip == Clip::tanh) {
-    const V t = tanh(a / c);
+    const V t = tanh(a * (one / c));
     return one - t * t;
   } else {
     return one;
@@ -44,14 +44,14 @@ struct Scale {
 };
 
 template <ScaleMap kMap, class V>
-inline Scale<V> scale_map(V a) {
+BIFLOW_INLINE Scale<V> scale_map(V a) {
   const V one = constant<V>(1), zero = constant<V>(0);
   if constexpr (kMap == ScaleMap::exp) {
     return {exp(a), exp(-a), a, one};
   } else if constexpr (kMap == ScaleMap::softplus) {
     const V t = a + constant<V>(0.541324854612918);  // log(e - 1): sigma(0) = 1
     const V e = exp(-abs(t));
-    const V s = (t > zero ? t : zero) + log1p(e);
+    const V s = (t > zero ? t : zero) + log1p_unit(e);
     const V r = one / (one + e);
     // left of -37 softplus(t) = exp(t) to a double's last bit (of -17 to a float's), and the quotients become 0 / 0
     const auto tail = t < constant<V>(std::is_same_v<V, double> ? -37 : -17);
