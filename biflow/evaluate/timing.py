@@ -47,8 +47,11 @@ def time_decoders(
     for batch in batches:
         z = torch.randn(batch, c.tokens, c.channels, generator=generator)
         y = torch.arange(batch) % c.num_classes if c.num_classes else None
+        own_y = y if rev.config.num_classes else None
         ways = {
-            "learned": lambda z=z, y=y: _clock(lambda: rev.decode(z, y, guidance=guidance)),
+            "learned": lambda z=z, y=own_y: _clock(
+                lambda: rev.decode(z, y, guidance=guidance if rev.config.num_classes else 0.0)
+            ),
             "exact_eager": lambda z=z, y=y: _clock(
                 lambda: eager_decode(flow, z, y, guidance=guidance), _denoiser(flow, y)
             ),
