@@ -138,7 +138,7 @@ def _evaluate(out: Path, config: DemoConfig, flow: TarFlow, rev: BiFlow, quick: 
         "configuration": to_mapping(config),
         "environment": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
             "cpu_isa": torch.ops.biflow.cpu_isa(),
         },

@@ -184,15 +184,15 @@ def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance:
     non_finite: samples with NaN or infinite pixels; they agree with no class, the other numbers leave them out.
     frechet: `frechet_distance` between the classifier's features of samples and of real training images.
     class_agreement: share of samples that the classifier recognises as the class they were drawn for.
-    pixel_mean_difference: |mean - real mean| / real std; pixel_std_difference: std / real std - 1. Both over all pixels
-        of all images; the mean's difference is relative to the std because the zero of [-1, 1] is arbitrary.
+    pixel_mean_difference, pixel_std_difference: mean / real mean - 1 and std / real std - 1, over all pixels in [-1, 1]
+        of all images. The first is large for data whose mean is near the middle gray, 0.
     """
     count, ok = len(images), _finite_rows(images)
     images = images[ok]
     agreement = None
     if real.judge and y is not None:
         agreement = float((real.judge.predict(images) == y[ok]).double().sum() / count)
-    mean, std, real_std = _mean(images), _std(images), _std(real.train_x)
+    mean, std = _mean(images), _std(images)
     return {
         "guidance": guidance,
         "count": count,
@@ -200,9 +200,9 @@ def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance:
         "class_agreement": agreement,
         "frechet": _frechet(real, images),
         "pixel_mean": mean,
-        "pixel_mean_difference": None if mean is None else abs(mean - _mean(real.train_x)) / real_std,
+        "pixel_mean_difference": _relative(mean, _mean(real.train_x)),
         "pixel_std": std,
-        "pixel_std_difference": None if std is None else std / real_std - 1,
+        "pixel_std_difference": _relative(std, _std(real.train_x)),
     }
 
 
@@ -290,6 +290,10 @@ def _frechet(real: RealData, images: Tensor) -> float | None:
 def number(value: Tensor) -> float | None:
     """A scalar for a report; None (null in JSON) if it is NaN or infinite."""
     return float(value) if bool(torch.isfinite(value)) else None
+
+
+def _relative(value: float | None, real: float) -> float | None:
+    return value / real - 1 if value is not None and real else None
 
 
 def _finite_rows(images: Tensor) -> Tensor:
