@@ -1,8 +1,9 @@
 """Model and state files: safetensors with the configuration inside and a hash over everything; nothing is unpickled.
 
-A file's safetensors metadata holds six strings: `format`, `kind` (TarFlow, BiFlow, ...), `version` (of biflow),
-`config` and `metadata` (JSON), and `sha256` over those and over every tensor's name, dtype, shape and bytes. A flipped
-bit, in the header or in the data, is found when the file is read.
+A file's safetensors metadata has one entry, `biflow`: a JSON object of `format`, `kind` (TarFlow, BiFlow, ...),
+`version` (of biflow), `config`, `metadata`, and `sha256` over those and over every tensor's name, dtype, shape and
+bytes. A flipped bit, in the header or in the data, is found when the file is read. One entry, because safetensors
+writes several in random order: equal contents are equal files.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from biflow.config import from_mapping, to_mapping
 from biflow.models import BiFlow, BiFlowConfig, TarFlow, TarFlowConfig
 
 FORMAT = "biflow 1"
+ENTRY = "biflow"
 FIELDS = ("format", "kind", "version", "config", "metadata", "sha256")
 KINDS = {"TarFlow": (TarFlow, TarFlowConfig), "BiFlow": (BiFlow, BiFlowConfig)}
 TEMPORARY = ".tmp-"  # names that start so are leftovers of a killed process
@@ -102,8 +104,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def fingerprint(model: TarFlow | BiFlow) -> str:
     """SHA-256 (hex) over the model's kind, configuration and weights: equal for equal models on any device."""
-    texts = {"kind": type(model).__name__, "config": json.dumps(to_mapping(model.config), sort_keys=True)}
-    return _digest({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, texts)
+    document = {"kind": type(model).__name__, "config": to_mapping(model.config)}
+    return _digest({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, document)
 
 
 def write(
@@ -118,16 +120,16 @@ def write(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: expected an existing folder, got {path.parent}")
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    texts = {
+    document = {
         "format": FORMAT,
         "kind": kind,
         "version": biflow.__version__,
-        "config": json.dumps(config, sort_keys=True),
-        "metadata": json.dumps(metadata, sort_keys=True),
+        "config": config,
+        "metadata": metadata,
     }
-    texts["sha256"] = _digest(tensors, texts)
+    document["sha256"] = _digest(tensors, document)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=texts)
+        save_file(tensors, temporary, metadata={ENTRY: _text(document)})
 
 
 def read(path: str | Path) -> Contents:
@@ -144,8 +146,8 @@ def read(path: str | Path) -> Contents:
     start = path.open("rb").read(2)
     try:
         with safe_open(path, framework="pt") as file:
-            texts = file.metadata() or {}
-            if sorted(texts) == sorted(FIELDS):
+            entries = file.metadata() or {}
+            if list(entries) == [ENTRY]:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
@@ -155,24 +157,27 @@ def read(path: str | Path) -> Contents:
         raise ValueError(
             f"{path}: expected a complete safetensors file, got a truncated or foreign one ({error})"
         ) from None
-    if sorted(texts) != sorted(FIELDS):
-        raise ValueError(
-            f"{path}: expected a file written by biflow, with metadata {', '.join(FIELDS)}; "
-            f"got {', '.join(sorted(texts)[:8]) or 'no metadata'}"
-        )
-    claimed = texts.pop("sha256")
-    found = _digest(tensors, texts)
-    if claimed != found:
-        raise ValueError(f"{path}: the file is corrupted: expected SHA-256 {claimed[:12]}..., got {found[:12]}...")
-    if texts["format"] != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT!r}, got {texts['format']!r} (biflow {texts['version']})")
+    if list(entries) != [ENTRY]:
+        came = ", ".join(sorted(entries)[:8]) or "none"
+        raise ValueError(f"{path}: expected a file written by biflow (metadata entry {ENTRY!r}); got entries: {came}")
     try:
-        config, metadata = json.loads(texts["config"]), json.loads(texts["metadata"])
+        document = json.loads(entries[ENTRY])
+        if not isinstance(document, dict) or sorted(document) != sorted(FIELDS) or _text(document) != entries[ENTRY]:
+            raise ValueError("something else")
+        claimed = document.pop("sha256")
+        found = _digest(tensors, document)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON in its config and metadata; {error}") from None
+        raise ValueError(f"{path}: expected JSON as biflow writes it in its metadata; got {error}") from None
+    if claimed != found:
+        raise ValueError(f"{path}: the file is corrupted: expected SHA-256 {str(claimed)[:12]}..., got {found[:12]}...")
+    if document["format"] != FORMAT:
+        raise ValueError(
+            f"{path}: expected format {FORMAT!r}, got {document['format']!r} (written by biflow {document['version']})"
+        )
+    config, metadata = document["config"], document["metadata"]
     if not isinstance(config, dict) or not isinstance(metadata, dict):
         raise ValueError(f"{path}: expected JSON objects as config and metadata, got other values")
-    return Contents(texts["kind"], texts["version"], config, metadata, tensors)
+    return Contents(str(document["kind"]), str(document["version"]), config, metadata, tensors)
 
 
 @contextlib.contextmanager
@@ -197,21 +202,25 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
-    """SHA-256 over texts and contiguous CPU tensors, each piece preceded by its length, in the order of their names."""
+def _text(document: Mapping[str, Any]) -> str:
+    """The one way of writing a document: a flipped bit that leaves its meaning is found too."""
+    return json.dumps(document, sort_keys=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
+    """SHA-256 over a document and contiguous CPU tensors, sorted by name, each text preceded by its length."""
     total = hashlib.sha256()
 
-    def put(data: bytes) -> None:
+    def put(text: str) -> None:
+        data = text.encode()
         total.update(len(data).to_bytes(8, "little"))
         total.update(data)
 
-    for key in sorted(texts):
-        put(key.encode())
-        put(texts[key].encode())
+    put(_text(document))
     for name in sorted(tensors):
         tensor = tensors[name]
-        put(name.encode())
-        put(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        put(name)
+        put(f"{tensor.dtype} {tuple(tensor.shape)}")
         total.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 

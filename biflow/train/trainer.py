@@ -3,6 +3,7 @@
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,7 @@ class Trainer:
         runs.cut_metrics(self.out, self.step)
         started = time.perf_counter() - self.seconds
         steps = self.config.optim.steps
+        tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaks
         bar = tqdm(total=steps, initial=self.step, desc=self.objective.stage, unit="step", disable=not progress)
         with (
             runs.delayed_signals() as signals,
@@ -143,7 +145,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
-        values = {"loss": float(loss), **{k: float(v) for k, v in terms.items()}, "grad_norm": float(norm)}
+        values = {"loss": float(loss.detach()), **{k: float(v) for k, v in terms.items()}, "grad_norm": float(norm)}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
             raise FloatingPointError(
