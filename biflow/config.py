@@ -1,6 +1,8 @@
 """Dataclasses from plain mappings (YAML, checkpoint metadata, `key=value` overrides), checked field by field."""
 
 import dataclasses
+import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -13,8 +15,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from `values`; nested dataclasses from nested mappings.
 
     Args:
-        cls: a dataclass whose fields are annotated with int, float, bool, str, tuple, None, Literal, unions of
-            these, or dataclasses.
+        cls: a dataclass whose fields are annotated with int, float, bool, str, tuple[...], dict, None, Any, Literal,
+            dataclasses, or unions of these.
         values: field name -> value. Missing fields take their default. Lists become tuples; an int is a valid float.
         where: name of the mapping in error messages.
 
@@ -38,7 +40,40 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     missing = sorted(required - set(values))
     if missing:
         raise ValueError(f"{where}: missing field {missing[0]!r}")
-    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    converted = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return cls(**converted)
+    except (TypeError, ValueError) as error:  # the dataclass's own checks: say where in the file it sits
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}") from error
+
+
+def check_fields(config: Any) -> None:
+    """Convert and check every field of a dataclass instance in place, as `from_mapping` does; for `__post_init__`.
+
+    Lists become tuples, ints in float fields become floats. TypeError or ValueError name the field.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = _convert(hints[field.name], getattr(config, field.name), field.name)
+        object.__setattr__(config, field.name, value)  # the dataclass may be frozen
+
+
+def check_number(name: str, value: Any, *, minimum: float = -math.inf, above: float = -math.inf) -> float:
+    """`value` as a float: a finite real number (no bool), at least `minimum`, more than `above`.
+
+    Raises:
+        TypeError: not a number. ValueError: NaN, infinite or out of range.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number >= minimum and number > above):
+        bound = f" >= {minimum:g}" if minimum > -math.inf else f" > {above:g}" if above > -math.inf else ""
+        raise ValueError(f"{name}: expected a finite number{bound}, got {number:g}")
+    return number
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -73,6 +108,8 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         if not separator or not path:
             raise ValueError(f"override: expected key=value, got {override!r}")
         *parents, leaf = path.split(".")
+        if not all([*parents, leaf]):
+            raise ValueError(f"override {override!r}: expected names separated by single dots, got {path!r}")
         node = result
         for name in parents:
             node = node.setdefault(name, {})
@@ -80,7 +117,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
                 raise ValueError(f"override {override!r}: {name!r} holds a value, not a group of settings")
         try:
             node[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
             raise ValueError(f"override {override!r}: the value is not valid YAML ({error})") from None
     return result
 
@@ -93,7 +130,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
         return value
     if origin in (typing.Union, types.UnionType):
-        for option in typing.get_args(hint):
+        options = typing.get_args(hint)
+        groups = [option for option in options if dataclasses.is_dataclass(option)]
+        if len(groups) == 1 and isinstance(value, Mapping):
+            return _convert(groups[0], value, where)  # its own error names the field inside
+        for option in options:
             try:
                 return _convert(option, value, where)
             except (TypeError, ValueError):
@@ -114,17 +155,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             if len(items) == len(value):
                 return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(items, value, strict=True)))
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        # YAML 1.1 reads 1e-3 as a string
+        if isinstance(value, numbers.Real | str) and not isinstance(value, bool):
             try:
                 return float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 pass
     elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif origin is dict:
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return int(value)
+    elif dict in (hint, origin):
         if isinstance(value, Mapping):
             return dict(value)
     elif isinstance(value, hint):

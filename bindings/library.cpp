@@ -10,6 +10,40 @@ STABLE_TORCH_LIBRARY(biflow, m) {
   // which CPU kernels run: the instruction set in use; force_cpu_isa is for tests
   m.def("cpu_isa() -> str");
   m.def("force_cpu_isa(str name) -> ()");
+
+  // one flow block: weights in the order of csrc/decode_block.h; the exact sequential inverse
+  m.def(
+      "pack_block(Tensor[] weights, *, int tokens, int channels, int width, int layers, int head_dim, int mlp_hidden, "
+      "str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, bool shift_only) -> Tensor");
+  m.def(
+      "decode_block(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, *, "
+      "int width, int layers, int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, bool rope, "
+      "bool pos_embed, bool start_token, bool shift_only, str layout, str scale, str clip, float clip_value, "
+      "str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> Tensor");
+  m.def(
+      "decode_block_(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, "
+      "Tensor(a!) out, *, int width, int layers, int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, "
+      "bool rope, bool pos_embed, bool start_token, bool shift_only, str layout, str scale, str clip, "
+      "float clip_value, str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> ()");
+
+  // affine coupling with log-determinant; options as in biflow/ops/affine.py, clip "none" | "hard" | "tanh"
+  m.def(
+      "affine_encode(Tensor x, Tensor params, str layout, str scale, str clip, float clip_value, str clip_on, "
+      "bool causal, bool flip, Tensor? mask) -> (Tensor z, Tensor logdet)");
+  m.def(
+      "affine_decode(Tensor z, Tensor params, str layout, str scale, str clip, float clip_value, str clip_on, "
+      "bool causal, bool flip, Tensor? mask, bool return_logdet) -> (Tensor x, Tensor logdet)");
+  m.def(
+      "affine_encode_backward(Tensor grad_z, Tensor? grad_logdet, Tensor x, Tensor params, str layout, str scale, "
+      "str clip, float clip_value, str clip_on, bool causal, bool flip, Tensor? mask) "
+      "-> (Tensor grad_x, Tensor grad_params)");
+  m.def(
+      "affine_decode_backward(Tensor grad_x, Tensor? grad_logdet, Tensor z, Tensor params, str layout, str scale, "
+      "str clip, float clip_value, str clip_on, bool causal, bool flip, Tensor? mask) "
+      "-> (Tensor grad_z, Tensor grad_params)");
+
+  // softmax(q k^T scale) v; mask (B, T) bool over keys
+  m.def("attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? mask) -> Tensor");
 }
 
 static std::string cpu_isa() { return biflow::cpu::isa_name(biflow::cpu::active_isa()); }

@@ -1,20 +1,22 @@
 """What both transformers share: the layer, its norms and gates, rotary tables, patches, class tables, input checks."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biflow import ops
+from biflow.config import check_number
 
 NORM_EPS = {"layernorm": 1e-5, "rmsnorm": 1e-6}
-QK_NORM_EPS = 1e-6
 ROPE_THETA = 1e4
 
 
 class Norm(nn.Module):
-    """LayerNorm (weight, bias; eps 1e-5) or RMSNorm (weight; eps 1e-6) over the last dimension, computed in fp32.
+    """LayerNorm (weight, bias; eps 1e-5) or RMSNorm (weight; eps 1e-6) over the last dimension.
 
-    x (..., width) any float dtype -> the same shape and dtype.
+    x (..., width) any float dtype -> the same shape and dtype; computed in fp32 (fp64 for fp64).
     """
 
     def __init__(self, kind: str, width: int):
@@ -26,10 +28,11 @@ class Norm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        wide = x if x.dtype == torch.float64 else x.float()
+        weight = self.weight.to(wide.dtype)
         if self.bias is not None:
-            return F.layer_norm(wide, wide.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
-        return F.rms_norm(wide, wide.shape[-1:], self.weight, self.eps).to(x.dtype)
+            return F.layer_norm(wide, wide.shape[-1:], weight, self.bias.to(wide.dtype), self.eps).to(x.dtype)
+        return F.rms_norm(wide, wide.shape[-1:], weight, self.eps).to(x.dtype)
 
 
 class Layer(nn.Module):
@@ -45,12 +48,13 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, head_dim: int, mlp_hidden: int, norm: str, gate: str, qk_norm: bool):
         super().__init__()
+        self.heads = width // head_dim
         self.head_dim = head_dim
         self.gate = gate
         self.norm1 = Norm(norm, width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(head_dim, eps=QK_NORM_EPS) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=QK_NORM_EPS) if qk_norm else None
+        self.q_norm = Norm("rmsnorm", head_dim) if qk_norm else None
+        self.k_norm = Norm("rmsnorm", head_dim) if qk_norm else None
         self.proj = nn.Linear(width, width)
         self.norm2 = Norm(norm, width)
         self.fc1 = nn.Linear(width, 2 * mlp_hidden if gate == "swiglu" else mlp_hidden)
@@ -59,11 +63,15 @@ class Layer(nn.Module):
     def forward(
         self, h: Tensor, rope: tuple[Tensor, Tensor] | None, *, causal: bool, prefix: int = 0, attn_temp: float = 1.0
     ) -> Tensor:
-        """h (B,N,C) -> (B,N,C). rope: tables (N - prefix, d/2); the first `prefix` tokens are not rotated."""
+        """h (B,N,C) -> (B,N,C) in h's dtype.
+
+        rope: tables (N - prefix, d/2), or None; the first `prefix` tokens are not rotated. attn_temp divides the
+        attention logits.
+        """
         batch, length, width = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(h)).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         if self.q_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope, prefix), apply_rope(k, *rope, prefix)
         o = ops.attention(q, k, v, causal=causal, scale=self.head_dim**-0.5 / attn_temp)
@@ -77,8 +85,23 @@ class Layer(nn.Module):
         return h + self.fc2(m)
 
 
-def check_transformer(width: int, head_dim: int, norm: str, gate: str) -> None:
-    """Raises ValueError on a width, head_dim, norm or gate that `Layer` does not take."""
+def mlp_width(ratio: float, width: int) -> int:
+    """Hidden width of the MLP: ratio * width rounded to a multiple of 8, which vector loads divide; at least 8."""
+    return max(8 * round(ratio * width / 8), 8)
+
+
+def check_grid(img_size: int, in_channels: int, patch_size: int) -> None:
+    """Raises ValueError unless images (in_channels, img_size, img_size) split into patches."""
+    for name, value in (("img_size", img_size), ("in_channels", in_channels), ("patch_size", patch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if img_size % patch_size:
+        raise ValueError(f"img_size: expected a multiple of patch_size {patch_size}, got {img_size}")
+
+
+def check_transformer(width: int, head_dim: int, mlp_ratio: float, norm: str, gate: str) -> None:
+    """Raises ValueError on a width, head_dim, mlp_ratio, norm or gate that `Layer` does not take."""
+    check_number("mlp_ratio", mlp_ratio, above=0)
     if width <= 0 or head_dim <= 0 or width % head_dim:
         raise ValueError(f"width: expected a positive multiple of head_dim {head_dim}, got {width}")
     if head_dim % 2:
@@ -117,14 +140,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, prefix: int = 0) -> Tensor:
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """Images (B,C,H,W) -> tokens (B, (H/P)(W/P), C P^2); features ordered (channel, row, column), tokens row-major."""
-    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
+    """Images (B,C,H,W) -> tokens (B, (H/P)(W/P), C P^2); features ordered (channel, row, column), tokens row-major.
+
+    Square images; H = W a multiple of P.
+    """
+    batch, channels, side = x.shape[0], x.shape[1], x.shape[2] // patch
+    grid = x.reshape(batch, channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
+    return grid.reshape(batch, side * side, channels * patch**2)
 
 
 def unpatchify(tokens: Tensor, patch: int) -> Tensor:
     """The inverse of `patchify` for square images."""
-    side = round(tokens.shape[1] ** 0.5)
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), patch)
+    batch, length, width = tokens.shape
+    side, channels = math.isqrt(length), width // patch**2
+    grid = tokens.reshape(batch, side, side, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(batch, channels, side * patch, side * patch)
 
 
 def class_rows(table: Tensor, y: Tensor | None, batch: int) -> Tensor:
@@ -135,11 +165,19 @@ def class_rows(table: Tensor, y: Tensor | None, batch: int) -> Tensor:
     return torch.where((y < 0).view(-1, 1, 1), mean, table[y.clamp_min(0)])
 
 
-# --- checks of values at the models' entry points. Skipped while torch.compile traces: they would break the graph.
+# --- checks at the models' entry points. Those of values are skipped while torch.compile traces: they break the graph.
 
 
-def check_labels(y: Tensor | None, num_classes: int, batch: int) -> None:
-    """y: None, or (batch,) int64 with values in [-1, num_classes)."""
+def check_count(name: str, n: int) -> None:
+    """n: an int, 0 or more."""
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"{name}: expected an int, got {type(n).__name__} {n!r}")
+    if n < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {n}")
+
+
+def check_labels(y: Tensor | None, num_classes: int, batch: int, device: torch.device) -> None:
+    """y: None, or (batch,) int64 on `device` with values in [-1, num_classes)."""
     if y is None:
         return
     if num_classes == 0:
@@ -148,6 +186,8 @@ def check_labels(y: Tensor | None, num_classes: int, batch: int) -> None:
         raise TypeError(f"y: expected an int64 tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
     if y.shape != (batch,):
         raise ValueError(f"y: expected shape ({batch},), got {tuple(y.shape)}")
+    if y.device != device:
+        raise ValueError(f"y: expected a tensor on {device}, got one on {y.device}")
     if torch.compiler.is_compiling() or batch == 0:
         return
     low, high = int(y.min()), int(y.max())
@@ -157,15 +197,30 @@ def check_labels(y: Tensor | None, num_classes: int, batch: int) -> None:
         )
 
 
-def check_floats(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
-    """x: a finite floating-point tensor of the given shape (None: any size)."""
+def check_floats(name: str, x: Tensor, shape: tuple[int | None, ...], weight: Tensor) -> None:
+    """x: a finite floating-point tensor of the given shape (None: any size), of the model's dtype and device.
+
+    weight: a parameter of the model. Under autocast x may have any dtype but float64.
+    """
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(
-            f"{name}: expected a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x)}"
-        )
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
     if x.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
         want = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"{name}: expected a tensor on {weight.device}, where the model is; got one on {x.device}")
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    if x.dtype != weight.dtype and not autocast:
+        raise TypeError(f"{name}: expected {weight.dtype}, the model's dtype; got {x.dtype}")
     if not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{name}: expected finite values, got {bad} NaN or infinite of {x.numel()}")
+
+
+def check_decoding(precision: str, available: tuple[str, ...], weight: Tensor) -> None:
+    """The precision is one of those available, and the model (by one of its parameters) is fp32."""
+    if precision not in available:
+        raise ValueError(f"precision: expected one of {', '.join(available)}, got {precision!r}")
+    if weight.dtype != torch.float32:
+        raise TypeError(f"decode: expected a model of torch.float32 weights, got {weight.dtype}; convert by .float()")

@@ -1,8 +1,8 @@
 """BiFlow's learned inverse: a bidirectional transformer that maps noise to clean data in one pass.
 
 Source: BiFlow (arXiv 2512.10953). The layers form one group per flow block of the forward model, in decode order, plus
-one group for denoising. The hidden state after group k is read by a head that predicts the forward trajectory's state
-x_{B-k}; the last group ends in the clean image. Those heads serve training (`biflow.train.distill`): sampling skips them.
+one group for denoising. After group k = 1, ..., B a head reads the hidden state and predicts the forward trajectory's
+state x_{B-k}; after the last group, the clean image. The heads of groups 1 to B serve training: sampling skips them.
 """
 
 import math
@@ -11,16 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from biflow.config import check_fields, check_number
 from biflow.models.layers import (
     Layer,
     Norm,
+    check_count,
+    check_decoding,
     check_floats,
+    check_grid,
     check_labels,
     check_transformer,
     class_rows,
+    mlp_width,
     rope_tables,
     unpatchify,
 )
+
+PRECISIONS = ("fp32",)
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class BiFlowConfig:
 
     img_size, in_channels, patch_size: as in the forward model's TarFlowConfig.
     num_blocks: B, flow blocks of the forward model; the reverse has B + 1 groups of layers.
-    layers_per_group, width, head_dim, mlp_ratio: layers in each group; C; d; hidden width of the MLP over C.
+    layers_per_group, width, head_dim, mlp_ratio: layers in each group; C; d; hidden width of the MLP over C (rounded
+        to a multiple of 8).
     num_classes, class_tokens: classes (0: none) and in-context tokens per class.
     max_guidance, guidance_tokens: guidance strengths in [0, max_guidance] are an input of the network, given as
         in-context tokens, and sampling with guidance is one pass. max_guidance = 0: guidance is not an input; sampling
@@ -56,24 +64,21 @@ class BiFlowConfig:
     pos_embed: bool = True
 
     def __post_init__(self):
-        for name in ("img_size", "in_channels", "patch_size", "num_blocks", "layers_per_group"):
+        check_fields(self)
+        check_grid(self.img_size, self.in_channels, self.patch_size)
+        for name in ("num_blocks", "layers_per_group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.img_size % self.patch_size:
-            raise ValueError(f"img_size: expected a multiple of patch_size {self.patch_size}, got {self.img_size}")
-        check_transformer(self.width, self.head_dim, self.norm, self.gate)
+        check_transformer(self.width, self.head_dim, self.mlp_ratio, self.norm, self.gate)
         if self.num_classes < 0:
             raise ValueError(f"num_classes: expected 0 or more, got {self.num_classes}")
         if self.num_classes and self.class_tokens < 1:
             raise ValueError(f"class_tokens: expected at least 1 for a model with classes, got {self.class_tokens}")
-        if not (self.max_guidance >= 0 and math.isfinite(self.max_guidance)):
-            raise ValueError(f"max_guidance: expected a finite number >= 0, got {self.max_guidance}")
+        check_number("max_guidance", self.max_guidance, minimum=0)
         if self.max_guidance and not self.num_classes:
             raise ValueError("max_guidance: expected 0 without classes (guidance needs a condition)")
         if self.max_guidance and self.guidance_tokens < 1:
             raise ValueError(f"guidance_tokens: expected at least 1 with max_guidance, got {self.guidance_tokens}")
-        if not (math.isfinite(self.mlp_ratio) and round(self.mlp_ratio * self.width) >= 1):
-            raise ValueError(f"mlp_ratio: expected mlp_ratio * width of at least 1, got {self.mlp_ratio}")
 
     @property
     def tokens(self) -> int:
@@ -102,7 +107,7 @@ class GuidanceEmbedding(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         angle = torch.log1p(w)[:, None] * self.frequency
         h = self.fc2(nn.functional.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], dim=1))))
-        return h.view(w.shape[0], self.tokens, -1)
+        return h.unflatten(1, (self.tokens, -1))
 
 
 class BiFlow(nn.Module):
@@ -122,7 +127,7 @@ class BiFlow(nn.Module):
         rope = rope_tables(c.img_size // c.patch_size, c.head_dim) if c.rope else (None, None)
         self.register_buffer("rope_cos", rope[0], persistent=False)
         self.register_buffer("rope_sin", rope[1], persistent=False)
-        hidden = round(c.mlp_ratio * c.width)
+        hidden = mlp_width(c.mlp_ratio, c.width)
         self.groups = nn.ModuleList(
             nn.ModuleList(
                 Layer(c.width, c.head_dim, hidden, c.norm, c.gate, c.qk_norm) for _ in range(c.layers_per_group)
@@ -140,19 +145,19 @@ class BiFlow(nn.Module):
     def forward(
         self, z: Tensor, y: Tensor | None = None, w: Tensor | None = None, *, return_states: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """One pass in token space; what training differentiates.
+        """One pass in token space; what training differentiates. Values are not checked here: see `decode`.
 
         Args:
             z: (B,T,D) noise.
             y: labels (B,) int64; -1 or None: no class.
-            w: guidance strength (B,), float >= 0, for a model with max_guidance > 0; None: 0.
+            w: guidance strength (B,), float >= 0 (0 where y is -1), for a model with max_guidance > 0; None: 0.
             return_states: also return the heads' predictions of the trajectory.
 
         Returns:
             clean tokens (B,T,D); with return_states (clean, [x_0, ..., x_{B-1}] predictions, each (B,T,D), data order).
         """
         c, batch = self.config, z.shape[0]
-        h = self.proj_in(z)
+        h = self.proj_in(z).to(z.dtype)  # under autocast the residual stream stays in z's dtype
         if self.pos_embed is not None:
             h = h + self.pos_embed
         prefix = []
@@ -190,27 +195,24 @@ class BiFlow(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtype or shape, NaN in z, labels or guidance out of range, unknown precision.
         """
-        c = self.config
-        check_floats("z", z, (None, c.tokens, c.channels))
-        if z.dtype != torch.float32:
-            raise TypeError(f"z: decoding runs in fp32; expected a float32 tensor, got {z.dtype}")
-        check_labels(y, c.num_classes, z.shape[0])
-        if precision != "fp32":
-            raise ValueError(f"precision: expected one of fp32, got {precision!r}")
-        if not (guidance >= 0 and math.isfinite(guidance)):
-            raise ValueError(f"guidance: expected a finite number >= 0, got {guidance}")
-        if guidance > 0 and not c.num_classes:
-            raise ValueError(f"guidance: expected 0 for a model without classes, got {guidance}")
-        if c.max_guidance:
-            if guidance > c.max_guidance:
-                raise ValueError(f"guidance: expected at most {c.max_guidance} (as trained), got {guidance}")
-            w = z.new_full((z.shape[0],), guidance)
-            x = self(z, y, w if y is None else torch.where(y < 0, 0.0, w))
-        else:
-            x = self(z, y)
-            if guidance > 0:
-                x = x + guidance * (x - self(z, None))
-        return unpatchify(x, c.patch_size)
+        c, weight = self.config, self.proj_in.weight
+        check_decoding(precision, PRECISIONS, weight)
+        with torch.autocast(weight.device.type, enabled=False):  # precision says what is computed, not the surroundings
+            check_floats("z", z, (None, c.tokens, c.channels), weight)
+            check_labels(y, c.num_classes, z.shape[0], weight.device)
+            guidance = check_number("guidance", guidance, minimum=0)
+            if guidance > 0 and not c.num_classes:
+                raise ValueError(f"guidance: expected 0 for a model without classes, got {guidance:g}")
+            if c.max_guidance:
+                if guidance > c.max_guidance:
+                    raise ValueError(f"guidance: expected at most {c.max_guidance:g} (as trained), got {guidance:g}")
+                w = None if y is None else torch.where(y < 0, 0.0, guidance).to(z.dtype)
+                x = self(z, y, w)
+            else:
+                x = self(z, y)
+                if guidance > 0 and y is not None:
+                    x = x + guidance * (x - self(z))
+            return unpatchify(x, c.patch_size)
 
     def sample(
         self,
@@ -222,15 +224,23 @@ class BiFlow(nn.Module):
         generator: torch.Generator | None = None,
         precision: str = "fp32",
     ) -> Tensor:
-        """Draw n images (n,C,H,W) in one pass each: z ~ N(0, temperature^2), then `decode`."""
+        """Draw n images in one pass each: z ~ N(0, temperature^2), then `decode`.
+
+        Args:
+            n: number of images.
+            y, guidance, precision: as in `decode`.
+            temperature: standard deviation of z.
+            generator: source of randomness; z is drawn on its device, or on the model's.
+
+        Returns:
+            (n,C,H,W) fp32, about [-1, 1], not clamped. Works under torch.no_grad() and torch.inference_mode().
+        """
         c = self.config
-        if n < 0:
-            raise ValueError(f"n: expected 0 or more, got {n}")
-        if not (temperature >= 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
+        check_count("n", n)
+        temperature = check_number("temperature", temperature, minimum=0)
         own = self.proj_in.weight.device
-        device = generator.device if generator is not None else own
-        z = torch.randn(n, c.tokens, c.channels, generator=generator, device=device).to(own)
+        device = own if generator is None else generator.device
+        z = torch.randn(n, c.tokens, c.channels, generator=generator, device=device, dtype=torch.float32).to(own)
         return self.decode(temperature * z, y, guidance=guidance, precision=precision)
 
     def _class_tokens(self, y: Tensor | None, batch: int) -> Tensor:

@@ -1,0 +1,101 @@
+"""Timing for the benchmarks: interleaved medians, the machine's copy bandwidth, and what machine it was."""
+
+import ctypes
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def machine_info() -> dict:
+    """What a number depends on: CPU, cores, threads, instruction set, torch, commit, date (UTC)."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.ops.biflow.cpu_isa(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return out.stdout.strip()
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], rounds: int = 7, sample_s: float = 0.02
+) -> dict[str, float]:
+    """Median seconds per call of each function, measured in turns A B A B, so that a slow moment hits all alike.
+
+    Each turn repeats its function for about `sample_s` seconds; what falls out of the cache in between is refilled by
+    one call that is not counted.
+    """
+    repeats = {}
+    for name, f in functions.items():
+        f()
+        start = time.perf_counter()
+        f()
+        repeats[name] = max(1, round(sample_s / max(time.perf_counter() - start, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, f in functions.items():
+            f()
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                f()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def keep_memory() -> None:
+    """Makes glibc keep freed memory for this process, so that timings do not measure page faults of fresh outputs.
+
+    Without it every tensor over 32 MB is mapped and unmapped on each call, which costs more than a memory-bound kernel.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        mmap_threshold, trim_threshold, one_gigabyte = -3, -1, 1 << 30
+        libc.mallopt(mmap_threshold, one_gigabyte)
+        libc.mallopt(trim_threshold, one_gigabyte)
+
+
+def copy_function(bytes_moved: int) -> Callable[[], object]:
+    """A torch copy that reads bytes_moved / 2 and writes as much, on torch's threads: the limit of one-pass kernels."""
+    source = torch.zeros(max(1, bytes_moved // 8))
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def write_json(path: str | Path, rows: list[dict]) -> None:
+    """Machine information and the rows of a benchmark."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine_info(), "rows": rows}, indent=1) + "\n")

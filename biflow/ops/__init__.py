@@ -1,0 +1,7 @@
+"""Functional ops: usable without biflow's models. One file per op; the formulas are in its docstrings."""
+
+from biflow import _library  # noqa: F401
+from biflow.ops.affine import affine_decode, affine_encode
+from biflow.ops.attention import attention
+
+__all__ = ["affine_decode", "affine_encode", "attention"]

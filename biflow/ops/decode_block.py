@@ -1,0 +1,304 @@
+"""K1: the exact sequential inverse of one autoregressive flow block, all T steps in one call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from biflow import _library  # noqa: F401
+
+_NORMS = ("layernorm", "rmsnorm")
+_GATES = ("gelu", "swiglu")
+_LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
+_SCALES = ("exp", "softplus", "sigmoid")
+_CLIPS = ("hard", "tanh")
+_CLIP_ON = ("both", "scale")
+
+
+def _one_of(what: str, value: object, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, names))}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One flow block: a causal transformer over T tokens of D channels that gives each token its scale and shift.
+
+    Sizes: tokens T, channels D, width C, layers, head_dim d (C / d heads), mlp_hidden F.
+    norm: "layernorm" (eps 1e-5, weight and bias) or "rmsnorm" (eps 1e-6, weight).
+    gate: "gelu" (exact; fc1 (F, C)) or "swiglu" (fc1 (2F, C): silu(first half) * second half).
+    qk_norm: RMSNorm over d (eps 1e-6, weight (d,)) on queries and keys, before RoPE.
+    rope: tables rope_cos, rope_sin (T, d/2), pairs (2i, 2i+1), rows in data order. pos_embed: learned (T, C), likewise.
+    start_token: a learned token (D,) in data space is the first input, so that all T tokens transform; without it the
+    network's output is shifted by one and the first token's raw parameters are 0.
+    shift_only: the network writes D shifts; sigma = 1.
+    num_classes, class_tokens: the class embedding is added to every token (class_tokens 0) or is K tokens in context.
+    layout, scale, clip, clip_on: as in `ops.affine_decode`. flip: block order is reversed data order.
+    Raises ValueError for what no block can be.
+    """
+
+    tokens: int
+    channels: int
+    width: int
+    layers: int
+    head_dim: int
+    mlp_hidden: int
+    norm: str = "layernorm"
+    gate: str = "gelu"
+    qk_norm: bool = False
+    rope: bool = False
+    pos_embed: bool = True
+    start_token: bool = False
+    shift_only: bool = False
+    num_classes: int = 0
+    class_tokens: int = 0
+    layout: str = "scale_shift"
+    scale: str = "exp"
+    clip: tuple[str, float] | None = None
+    clip_on: str = "both"
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low in [("tokens", 1), ("channels", 1), ("width", 1), ("layers", 1), ("head_dim", 2),
+                          ("mlp_hidden", 1), ("num_classes", 0), ("class_tokens", 0)]:  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**24:
+                raise ValueError(f"BlockConfig: {name} must be an integer from {low} to 2^24 - 1, got {value!r}")
+        if self.head_dim % 2 or self.head_dim > 256:
+            raise ValueError(f"BlockConfig: head_dim must be even and at most 256, got {self.head_dim}")
+        if self.width % self.head_dim:
+            raise ValueError(f"BlockConfig: width {self.width} is not a multiple of head_dim {self.head_dim}")
+        if self.class_tokens and not self.num_classes:
+            raise ValueError(f"BlockConfig: class_tokens is {self.class_tokens} but num_classes is 0")
+        for name, names in [("norm", _NORMS), ("gate", _GATES), ("layout", _LAYOUTS), ("scale", _SCALES),
+                            ("clip_on", _CLIP_ON)]:  # fmt: skip
+            _one_of(f"BlockConfig: {name}", getattr(self, name), names)
+        if self.clip is not None:
+            if not isinstance(self.clip, (tuple, list)) or len(self.clip) != 2:
+                raise ValueError(f'BlockConfig: clip must be None, ("hard", c) or ("tanh", c), got {self.clip!r}')
+            kind, bound = self.clip
+            _one_of("BlockConfig: clip[0]", kind, _CLIPS)
+            if not isinstance(bound, (int, float)) or not 0 < bound < math.inf:
+                raise ValueError(f"BlockConfig: the bound of clip must be positive and finite, got {bound!r}")
+            object.__setattr__(self, "clip", (kind, float(bound)))  # a YAML list becomes a tuple
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """A block's weights, packed for `decode_block` by `pack_block`. class_embed is (N, max(K, 1), C) or None."""
+
+    packed: Tensor
+    class_embed: Tensor | None
+    class_mean: Tensor | None
+    config: BlockConfig
+
+
+def block_shapes(config: BlockConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a block's state_dict and its shape, in the order that the packing op reads; class_embed is last."""
+    c, d, hidden = config.width, config.head_dim, config.mlp_hidden
+    layernorm = config.norm == "layernorm"
+
+    def linear(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (c,)} | ({f"{name}.bias": (c,)} if layernorm else {})
+
+    shapes = linear("proj_in", c, config.channels)
+    if config.pos_embed:
+        shapes["pos_embed"] = (config.tokens, c)
+    if config.start_token:
+        shapes["start_token"] = (config.channels,)
+    if config.rope:
+        shapes["rope_cos"] = shapes["rope_sin"] = (config.tokens, d // 2)
+    for j in range(config.layers):
+        layer = f"layers.{j}"
+        shapes |= norm(f"{layer}.norm1") | linear(f"{layer}.qkv", 3 * c, c)
+        if config.qk_norm:
+            shapes |= {f"{layer}.q_norm.weight": (d,), f"{layer}.k_norm.weight": (d,)}
+        shapes |= linear(f"{layer}.proj", c, c) | norm(f"{layer}.norm2")
+        shapes |= linear(f"{layer}.fc1", (2 if config.gate == "swiglu" else 1) * hidden, c)
+        shapes |= linear(f"{layer}.fc2", c, hidden)
+    shapes |= linear("proj_out", (1 if config.shift_only else 2) * config.channels, c)
+    if config.num_classes:
+        shapes["class_embed"] = (config.num_classes, max(config.class_tokens, 1), c)
+    return shapes
+
+
+def _shape_options(config: BlockConfig) -> dict[str, object]:
+    names = ("width", "layers", "head_dim", "mlp_hidden", "norm", "gate", "qk_norm", "rope", "pos_embed", "start_token",
+             "shift_only")  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+def pack_block(state_dict: dict[str, Tensor], config: BlockConfig) -> BlockWeights:
+    """A copy of a block's weights in the layout that `decode_block` reads (csrc/decode_block.h).
+
+    state_dict: fp32 tensors on the CPU, exactly the names and shapes of `block_shapes(config)`.
+    Raises ValueError for missing or unexpected names and wrong shapes, TypeError for other dtypes or devices.
+    """
+    shapes = block_shapes(config)
+    missing = [name for name in shapes if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in shapes]
+    if missing or unexpected:
+        raise ValueError(f"pack_block: missing weights: {missing or 'none'}; unexpected weights: {unexpected or 'none'}")
+    for name, shape in shapes.items():
+        w = state_dict[name]
+        if not isinstance(w, Tensor) or w.dtype != torch.float32 or w.device.type != "cpu":
+            got = f"{w.dtype} on {w.device}" if isinstance(w, Tensor) else type(w).__name__
+            raise TypeError(f"pack_block: {name} must be a float32 tensor on the CPU, got {got}")
+        if tuple(w.shape) != shape:
+            raise ValueError(f"pack_block: {name} must have shape {shape}, got {tuple(w.shape)}")
+    with torch.no_grad():
+        weights = [state_dict[name].detach().contiguous() for name in shapes if name != "class_embed"]
+        packed = torch.ops.biflow.pack_block(
+            weights, tokens=config.tokens, channels=config.channels, **_shape_options(config)
+        )
+        class_embed = state_dict["class_embed"].detach().clone() if config.num_classes else None
+        class_mean = None if class_embed is None else class_embed.mean(0)
+    return BlockWeights(packed, class_embed, class_mean, config)
+
+
+def _check(z, weights, config, y, context, null_context, guidance, guide, attn_temp, out) -> None:
+    name = "decode_block"
+    if not isinstance(weights, BlockWeights):
+        raise TypeError(f"{name}: weights must come from pack_block, got {type(weights).__name__}")
+    if weights.config != config:
+        raise ValueError(f"{name}: weights were packed for another config: {weights.config}, got {config}")
+    batch = z.shape[0] if isinstance(z, Tensor) and z.dim() == 3 else "B"
+    shape = (batch, config.tokens, config.channels)
+    for what, t, wanted in [("z", z, shape), ("out", out, shape)]:
+        if what == "out" and t is None:
+            continue
+        if not isinstance(t, Tensor) or t.dtype != torch.float32 or t.device.type != "cpu":
+            got = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name}: {what} must be a float32 tensor on the CPU, got {got}")
+        if tuple(t.shape) != wanted:
+            raise ValueError(f"{name}: {what} must have shape {wanted}, got {tuple(t.shape)}")
+    if out is not None:
+        if not out.is_contiguous():
+            raise ValueError(f"{name}: out must be contiguous, got strides {out.stride()}")
+        if torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in (z, out, context, null_context)
+        ):
+            raise RuntimeError(f"{name}: out= writes without a graph; call it under torch.no_grad()")
+    if y is not None:
+        if not config.num_classes:
+            raise ValueError(f"{name}: y is given but the block has no classes")
+        if not isinstance(y, Tensor) or y.dtype != torch.int64 or tuple(y.shape) != (batch,):
+            got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"{name}: y must be int64 of shape ({batch},), got {got}")
+    if not isinstance(guide, str) or not guide or set(guide) - set("ab"):
+        raise ValueError(f"{name}: guide must be 'a', 'b' or 'ab', got {guide!r}")
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"{name}: guidance must be finite and at least 0, got {guidance}")
+    if not 0 < attn_temp < math.inf:
+        raise ValueError(f"{name}: attn_temp must be finite and positive, got {attn_temp}")
+    if context is None and null_context is not None:
+        raise ValueError(f"{name}: null_context is given without context")
+    if context is not None:
+        if guidance > 0 and null_context is None:
+            raise ValueError(f"{name}: guidance with context needs null_context")
+        wanted = (batch, context.shape[1] if context.dim() == 3 else "S", config.width)
+        if tuple(context.shape) != wanted:
+            raise ValueError(f"{name}: context must have shape {wanted}, got {tuple(context.shape)}")
+        if null_context is not None and tuple(null_context.shape) not in (wanted, wanted[1:]):
+            got = tuple(null_context.shape)
+            raise ValueError(f"{name}: null_context must have shape {wanted[1:]} or {wanted}, got {got}")
+        for what, t in [("context", context), ("null_context", null_context)]:
+            if t is not None and (t.dtype != torch.float32 or t.device.type != "cpu"):
+                raise TypeError(f"{name}: {what} must be float32 on the CPU, got {t.dtype} on {t.device}")
+
+
+def _condition(weights: BlockWeights, batch: int, y: Tensor | None, context: Tensor | None):
+    """(vector added to every token (B, C) or None, prefix tokens (B, S, C) or None) of one pass."""
+    added = prefix = None
+    if weights.class_embed is not None:
+        if y is None:
+            classes = weights.class_mean.expand(batch, -1, -1)
+        else:
+            unconditional = (y < 0)[:, None, None]
+            classes = torch.where(unconditional, weights.class_mean, weights.class_embed[y.clamp(min=0)])
+        if weights.config.class_tokens:
+            prefix = classes.contiguous()
+        else:
+            added = classes[:, 0].contiguous()
+    if context is not None:
+        context = context.expand(batch, -1, -1)
+        prefix = context.contiguous() if prefix is None else torch.cat([prefix, context], 1)
+    return added, prefix
+
+
+def decode_block(
+    z: Tensor,
+    weights: BlockWeights,
+    config: BlockConfig,
+    *,
+    y: Tensor | None = None,
+    context: Tensor | None = None,
+    null_context: Tensor | None = None,
+    guidance: float = 0.0,
+    guide: str = "ab",
+    anneal: bool = True,
+    attn_temp: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Inverts one flow block exactly, token by token: x with encode(x) = z.
+
+    For n = 0 .. T-1 in block order: x_n = z_n sigma(clip a_n) + clip b_n, where the raw a_n, b_n are the causal
+    transformer's output from x_0 .. x_{n-1} (0 for n = 0 without a start token). The keys and values of earlier tokens
+    are kept, so a step costs one token. fp32 on the CPU; each sample's result is bitwise the same in any batch and for
+    any number of threads.
+
+    z: (B, T, D) float32. weights: from `pack_block`. y: (B,) int64, -1 (or y=None) is the mean over the classes; the
+    range is the caller's to check. context: (B, S, C), already at the block's width, before the tokens.
+    guidance g > 0: a second, unconditional pass (mean class, null_context (S, C) or (B, S, C)), whose attention logits
+    are divided by attn_temp; before clip and scale map raw_a += g (raw_a - raw_a of that pass) if 'a' is in guide, and
+    likewise b. anneal: g n / max(T - 1, 1) in place of g for token n.
+    out: contiguous (B, T, D) float32 that receives x and is returned; z itself is allowed.
+    Not differentiable (train through the encode direction): the backward raises RuntimeError.
+    Raises ValueError / TypeError for wrong options, shapes, dtypes, devices.
+
+    Source: TARFlow, arXiv 2412.06329, section 2 (sampling and guidance); start token: STARFlow, arXiv 2506.06276.
+    """
+    _check(z, weights, config, y, context, null_context, guidance, guide, attn_temp, out)
+    # where both passes would see the same, the second changes nothing
+    guided = guidance > 0 and (y is not None or context is not None or attn_temp != 1.0)
+    added, prefix = _condition(weights, z.shape[0], y, context)
+    null_added, null_prefix = _condition(weights, z.shape[0], None, null_context) if guided else (None, None)
+    kind, bound = config.clip or ("none", 0.0)
+    tensors = (z.contiguous(), weights.packed, added, prefix, null_added, null_prefix)
+    options = dict(
+        _shape_options(config), layout=config.layout, scale=config.scale, clip=kind, clip_value=bound,
+        clip_on=config.clip_on, flip=config.flip, guidance=float(guidance) if guided else 0.0, guide=guide,
+        anneal=anneal, attn_temp=float(attn_temp),
+    )  # fmt: skip
+    if out is None:
+        return torch.ops.biflow.decode_block(*tensors, **options)
+    torch.ops.biflow.decode_block_(*tensors, out, **options)
+    return out
+
+
+@torch.library.register_fake("biflow::pack_block")
+def _(weights, **options):
+    raise NotImplementedError("pack_block: weights are packed once, outside of compiled code")
+
+
+@torch.library.register_fake("biflow::decode_block")
+def _(z, packed, added, prefix, null_added, null_prefix, **options):
+    return torch.empty_like(z)
+
+
+@torch.library.register_fake("biflow::decode_block_")
+def _(z, packed, added, prefix, null_added, null_prefix, out, **options):
+    return None
+
+
+def _no_backward(ctx, grad):
+    raise RuntimeError("decode_block is exact inference and has no gradient; train through the encode direction")
+
+
+torch.library.register_autograd("biflow::decode_block", _no_backward)

@@ -1,0 +1,79 @@
+// Norms and gates of a transformer layer, over rows of floats.
+#pragma once
+
+#include "cpu/simd_math.h"
+
+namespace biflow::cpu::BIFLOW_ISA {
+
+// P(X <= x), X normal: erfc by exp of a polynomial where it is small, so that neither tail cancels. Within 2e-8 of exact
+// before rounding (minimax fits of erf(t) / t - 1 in t^2 on [0, 1] and of log erfc(t) / t on [1, 10]).
+inline vfloat normal_cdf(vfloat x) {
+  const vfloat t = x * 0.707106781f;
+  const vfloat s = t * t;
+  vfloat p = s * 7.889123e-05f - 0.0008020842f;
+  p = p * s + 0.0051895357f;
+  p = p * s - 0.026854444f;
+  p = p * s + 0.112836f;
+  p = p * s - 0.37612626f;
+  p = p * s + 0.12837917f;
+  const vfloat centre = 0.5f + 0.5f * (p * t + t);
+  const vfloat u = abs(t);
+  vfloat q = u * -1.3225748e-05f + 0.0003420941f;
+  q = q * u - 0.0037180735f;
+  q = q * u + 0.02391587f;
+  q = q * u - 0.10640819f;
+  q = q * u - 0.63505214f;
+  q = q * u - 1.1286718f;
+  const vfloat tail = 0.5f * exp(u < 10.f ? q * u : broadcast(-104.f));
+  return u < 1.f ? centre : (x < 0.f ? tail : 1.f - tail);
+}
+
+// f over n floats, vector by vector
+template <class F>
+inline void map_rows(float* x, int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, f(load(x + i), i, kLanes));
+  if (const int rest = static_cast<int>(n - i)) store_partial(x + i, f(load_partial(x + i, rest), i, rest), rest);
+}
+
+inline void gelu(float* x, int n) {
+  map_rows(x, n, [](vfloat v, int64_t, int) { return v * normal_cdf(v); });
+}
+
+// x = silu(x) * x[n ...]: the first half of a row of 2n
+inline void swiglu(float* x, int n) {
+  map_rows(x, n, [&](vfloat v, int64_t i, int count) {
+    const vfloat value = count == kLanes ? load(x + n + i) : load_partial(x + n + i, count);
+    return v * sigmoid(v) * value;
+  });
+}
+
+template <class F>
+inline float sum_row(const float* x, int n, F&& f) {  // sum of f(x), in a fixed order
+  vfloat sum = {};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += f(load(x + i));
+  if (i < n) {
+    vfloat last = {};
+    store_partial(reinterpret_cast<float*>(&last), f(load_partial(x + i, n - i)), n - i);
+    sum += last;
+  }
+  return reduce_add(sum);
+}
+
+inline void layer_norm(const float* x, const float* weight, const float* bias, float* y, int n) {
+  const float mean = sum_row(x, n, [](vfloat v) { return v; }) / n;
+  const float variance = sum_row(x, n, [&](vfloat v) { return (v - mean) * (v - mean); }) / n;
+  const float scale = 1.f / std::sqrt(variance + 1e-5f);
+  for (int i = 0; i < n; i += kLanes)
+    store(y + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
+}
+
+inline void rms_norm(const float* x, const float* weight, float* y, int n) {
+  const float scale = 1.f / std::sqrt(sum_row(x, n, [](vfloat v) { return v * v; }) / n + 1e-6f);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) * scale * load(weight + i));
+  if (i < n) store_partial(y + i, load_partial(x + i, n - i) * scale * load_partial(weight + i, n - i), n - i);
+}
+
+}  // namespace biflow::cpu::BIFLOW_ISA
