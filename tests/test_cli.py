@@ -163,7 +163,7 @@ BAD = {
     "class out of range": ("sample {runs}/flow --class 10", "expected a class in [0, 10), all or none, got '10'"),
     "class not a number": ("sample {runs}/flow --class three", "expected a class in [0, 10), all or none, got 'three'"),
     "negative guidance": ("sample {runs}/flow --guidance=-1", "guidance: expected a finite number >= 0, got -1"),
-    "guidance not trained": ("sample {runs}/inverse --guidance 9", "guidance: expected at most 3.0"),
+    "guidance not trained": ("sample {runs}/inverse --guidance 9", "guidance: expected at most 3 (as trained), got 9"),
     "no-denoise of an inverse": ("sample {runs}/inverse --no-denoise", "--no-denoise: expected with an exact flow"),
     "output of another kind": ("sample {runs}/flow --out s.gif", "expected a file ending in .png or .npz"),
     "output nowhere": ("sample {runs}/flow --out {new}/s.png", "--out: expected an existing folder"),

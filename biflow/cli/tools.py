@@ -14,22 +14,25 @@ OPS = ("affine", "decode_block", "attention")
 
 
 def bench(
-    op: Annotated[str, typer.Option("--op", metavar="|".join(OPS), help="The op to time.")],
+    op: Annotated[str | None, typer.Option("--op", metavar="|".join(OPS), help="The op.  [default: all]")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few cases, few repetitions.")] = False,
     out: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the rows as JSON.")] = None,
 ) -> None:
-    """Time a kernel against eager PyTorch and against what the machine can do.
+    """Time kernels against eager PyTorch and against what the machine can do.
 
     Needs a source checkout installed with `pip install -e .`: the benchmarks are not part of the wheel.
     """
-    if op not in OPS:
+    if op not in (None, *OPS):
         raise ValueError(f"--op: expected one of {', '.join(OPS)}, got {op!r}")
     path = None if out is None else Path(out).expanduser()
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--json: expected an existing folder, got {path.parent}")
-    rows = _benchmark(op).run(quick=quick)
-    for line in _table(rows):
-        typer.echo(line)
+    rows = []
+    for benchmark in [_benchmark(name) for name in (OPS if op is None else (op,))]:
+        found = benchmark.run(quick=quick)
+        rows += found
+        for line in _table(found):
+            typer.echo(line)
     if path is not None:
         path.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -63,5 +66,9 @@ def _cell(value) -> str:
 
 
 COMMANDS = (
-    ("bench", bench, examples("biflow bench --op affine", "biflow bench --op decode_block --quick --json rows.json")),
+    (
+        "bench",
+        bench,
+        examples("biflow bench", "biflow bench --op affine", "biflow bench --op decode_block --quick --json rows.json"),
+    ),
 )
