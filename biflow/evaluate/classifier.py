@@ -75,7 +75,7 @@ class Judge:
 
 
 def train_judge(
-    train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor, num_classes: int, *, steps: int = 300, seed: int = 0
+    train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor, num_classes: int, *, steps: int = 200, seed: int = 0
 ) -> Judge:
     """Train a `Classifier` on real images: Adam, one cosine cycle, cross-entropy, images moved by up to an eighth.
 

@@ -29,7 +29,7 @@ class EvaluationConfig:
     samples: int = 500
     guidances: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0)
     noise_draws: int = 4
-    judge_steps: int = 300
+    judge_steps: int = 200
     train_images: int = 10_000
     held_out_images: int = 1000
     batch_size: int = 250
