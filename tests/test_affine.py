@@ -111,6 +111,17 @@ def test_every_shape_in_every_layout(isa, layout, shape):
         assert_matches(x, params, mask, options)
 
 
+@pytest.mark.parametrize("shape", [(3, 1900, 768), (1, 390_001, 11)], ids=str)
+def test_outputs_that_bypass_the_caches(isa, shape):
+    # above 16 MB; rows on vector boundaries, and rows that are mostly not
+    x, params, _ = make(shape)
+    for direction, extra in (("encode", {}), ("decode", {"return_logdet": True})):
+        run = (value_and_grads(getattr(m, f"affine_{direction}"), x, params, (x, x[:, 0, 0]), **extra, flip=True)
+               for m in (ops, reference))  # fmt: skip
+        for got, want in zip(*run, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
 def test_large_logits_finite_where_reference_is(isa):
     for scale, clip, a in itertools.product(SCALES, CLIPS, (80.0, -80.0, 30.0, -30.0)):
         x, params, _ = make((2, 3, 20))
