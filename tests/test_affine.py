@@ -111,6 +111,19 @@ def test_every_shape_in_every_layout(isa, layout, shape):
         assert_matches(x, params, mask, options)
 
 
+@pytest.mark.parametrize("shape", [(4, 1400, 768), (2, 200_001, 11)], ids=str)
+def test_outputs_that_bypass_the_caches(isa, shape):
+    # above 16 MB: the bits of the same samples in two smaller calls; rows on vector boundaries, and mostly not
+    x, params, _ = make(shape)
+    half = shape[0] // 2
+    for op in (ops.affine_encode, lambda *args, **kw: ops.affine_decode(*args, return_logdet=True, **kw)):
+        whole = value_and_grads(op, x, params, (x, x[:, 0, 0]), flip=True)
+        halves = [value_and_grads(op, x[s], params[s], (x[s], x[s][:, 0, 0]), flip=True)
+                  for s in (slice(half), slice(half, None))]  # fmt: skip
+        for got, *parts in zip(whole, *halves, strict=True):
+            assert torch.equal(got, torch.cat(parts))
+
+
 def test_large_logits_finite_where_reference_is(isa):
     for scale, clip, a in itertools.product(SCALES, CLIPS, (80.0, -80.0, 30.0, -30.0)):
         x, params, _ = make((2, 3, 20))

@@ -33,7 +33,7 @@ def test_matches_reference(shape, dtype):
     q, k, v, mask = make(shape, dtype)
     for causal in (False, True) if shape[2] == shape[3] else (False,):
         for m in (None, mask):
-            # torch's fused backward recomputes exp(logit - logsumexp): its error grows with the logits, so they stay small
+            # small logits: torch's fused backward recomputes exp(logit - logsumexp), so its error grows with them
             for scale in (None, 0.7 * shape[4] ** -0.5):
                 options = dict(causal=causal, scale=scale, mask=m)
                 got = value_and_grads(ops.attention, q, k, v, **options)

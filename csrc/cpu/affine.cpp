@@ -1,6 +1,8 @@
-// The affine coupling on a CPU: one pass over memory. A chunk goes through pieces that fit the L1 cache; where memory
-// does not already hold a piece as separate float rows a and b (low precision, small D, interleaved pairs), the piece
-// is rewritten that way in a scratch first, so the arithmetic always runs over full vectors.
+// The affine coupling on a CPU: one pass over memory. A chunk goes through pieces that fit the L1 cache. A piece's
+// params are first rewritten in a scratch as separate float rows a and b, whatever their layout, dtype and D are, so
+// that the arithmetic always runs over full vectors; the copy also keeps more loads in flight than arithmetic on memory
+// in place (0.8 against 1.0 ns an element beyond the caches). A backward with long fp32 rows works in place: it has as
+// much to write.
 #include "affine.h"
 
 #include "cpu/affine_math.h"
@@ -10,7 +12,7 @@ namespace biflow::cpu::BIFLOW_ISA {
 namespace {
 
 constexpr int64_t kPiece = 1024;         // elements that a piece holds at most
-constexpr int64_t kDirectChannels = 64;  // from here on a token's row is worth a loop of its own
+constexpr int64_t kDirectChannels = 64;  // from here on a backward uses a token's params in place
 
 template <class S>
 using Vector = typename VectorOf<S>::type;
@@ -220,7 +222,7 @@ class Chunk {
     step = !p.options.causal ? 0 : p.options.flip ? 1 : -1;
     pairs = p.options.layout == Layout::interleaved || D == 1;
     swapped = p.options.layout == Layout::shift_scale;
-    direct = std::is_same_v<S, Net> && !pairs && D >= kDirectChannels;
+    direct = p.grad_params && std::is_same_v<S, Net> && !pairs && D >= kDirectChannels;
   }
 
   // Calls piece(Piece) for what is transformed and pass(first token, tokens) for what the mask leaves alone.
