@@ -33,7 +33,9 @@ def worker(stage: str, folder: Path, steps: int) -> None:
 
 def start(stage: str, folder: Path, steps: int) -> multiprocessing.Process:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["biflow.train"])
+    context.set_forkserver_preload(
+        ["biflow.train", "torch._dynamo"]
+    )  # the optimizer imports the latter when first used
     process = context.Process(target=worker, args=(stage, folder, steps))
     process.start()
     return process
@@ -70,13 +72,16 @@ def check(stage: str, kills: int, folder: Path, seed: int, steps: int, say=lambd
     rng = random.Random(seed)
     calm, killed = folder / "calm", folder / "killed"
     finish(start(stage, calm, steps))
-    # the last quarter of the steps is left to the last resume; one kill in four comes while the run starts
-    targets = sorted(rng.randrange(steps * 3 // 4) if rng.random() < 0.75 else 0 for _ in range(kills))
-    for target in targets:
+    reached = 0
+    for target in sorted(
+        rng.randrange(steps * 3 // 4) for _ in range(kills)
+    ):  # the last quarter is for the last resume
+        starting = rng.random() < 0.3  # while it imports, reads the checkpoint or makes the folder
+        reached = reached if starting else target
         process = start(stage, killed, steps)
-        kill_at(process, killed, target, rng.uniform(0, 0.08))
+        kill_at(process, killed, reached, rng.uniform(0, 0.5 if starting else 0.05))
         found = sorted(p.name for p in (killed / "checkpoints").glob("*")) if killed.exists() else []
-        say(f"killed at step {last_step(killed)} (aimed at {target}); checkpoints: {' '.join(found) or 'none'}")
+        say(f"killed at step {last_step(killed)} (aimed at {reached}); checkpoints: {' '.join(found) or 'none'}")
     finish(start(stage, killed, steps))
     for name in ("model.safetensors", f"checkpoints/step_{steps:08d}/model.safetensors"):
         assert (calm / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs"
