@@ -1,6 +1,7 @@
 """Dataclasses from plain mappings (YAML, checkpoint metadata, `key=value` overrides), checked field by field."""
 
 import dataclasses
+import functools
 import math
 import numbers
 import types
@@ -27,7 +28,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     where = where or cls.__name__
     if not isinstance(values, Mapping):
         raise TypeError(f"{where}: expected a mapping of fields, got {type(values).__name__} {values!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name for f in dataclasses.fields(cls) if f.init}
     unknown = [name for name in values if name not in fields]
     if unknown:
@@ -52,7 +53,7 @@ def check_fields(config: Any) -> None:
 
     Lists become tuples, ints in float fields become floats. TypeError or ValueError name the field.
     """
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))
     for field in dataclasses.fields(config):
         value = _convert(hints[field.name], getattr(config, field.name), field.name)
         object.__setattr__(config, field.name, value)  # the dataclass may be frozen
@@ -120,6 +121,9 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
             raise ValueError(f"override {override!r}: the value is not valid YAML ({error})") from None
     return result
+
+
+_hints = functools.cache(typing.get_type_hints)  # slow, and a decode checks its options each time
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

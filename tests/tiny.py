@@ -24,6 +24,9 @@ VARIANTS = {
 }  # fmt: skip
 
 
+BATCH = 4
+
+
 def randomize(model, std, seed=0):
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -51,6 +54,18 @@ def make_condition(flow, batch):
     y = torch.arange(batch) % (c.num_classes + 1) - 1 if c.num_classes else None
     context = torch.randn(batch, 3, c.context_dim, generator=g).to(flow.var.dtype) if c.context_dim else None
     return y, context
+
+
+def images(flow, batch=BATCH, seed=0):
+    c = flow.config
+    g = torch.Generator().manual_seed(seed)
+    x = 2 * torch.rand(batch, c.in_channels, c.img_size, c.img_size, generator=g, dtype=torch.float64) - 1
+    return x.to(flow.var.dtype)
+
+
+def noise(flow, batch=BATCH, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, flow.config.tokens, flow.config.channels, generator=g)
 
 
 def make_reverse(std=0.1, seed=0, **config):

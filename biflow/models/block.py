@@ -132,14 +132,17 @@ class Block(nn.Module):
         return self.affine(x, raw)
 
     def packed(self) -> ops.BlockWeights:
-        """The weights as `ops.decode_block` reads them; packed again when they changed or were replaced."""
-        weights = {
-            k: v.detach() for k, v in self.named_parameters() if not k.startswith(("context_proj", "null_context"))
-        }
-        weights |= dict(self.named_buffers())
-        tensors = list(weights.values())
+        """The weights as `ops.decode_block` reads them; packed again when they changed or were replaced.
+
+        Changes that autograd's version counters see are seen: all but those through `tensor.data` and numpy views.
+        """
+        # one walk over the modules: parameters() and buffers() would be two, on the path of every decode
+        held = [t for m in self.modules() for t in (*m._parameters.values(), *m._buffers.values())]
+        tensors = [t for t in held if t is not None]
         key = ops.weights_key(tensors)
         if self._packed is None or self._packed[0] != key:
+            named = [*self.named_parameters(), *self.named_buffers()]
+            weights = {k: v.detach() for k, v in named if not k.startswith(("context_proj", "null_context"))}
             # the tensors are kept so that no other weights can take their addresses, and with them their key
             self._packed = (key, ops.pack_block(weights, self.config), tensors)
         return self._packed[1]
