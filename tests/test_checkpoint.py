@@ -93,6 +93,16 @@ def test_every_flipped_bit_is_found(tmp_path):
     biflow.load(path)
 
 
+def test_a_flipped_bit_that_leaves_the_meaning_is_found(tmp_path):
+    path = tmp_path / "model.safetensors"
+    biflow.save(small_flow(), path, {"note": "é"})
+    good = path.read_bytes()
+    assert good.count(rb"u00e9") == 1
+    path.write_bytes(good.replace(rb"u00e9", rb"u00E9"))  # one bit; JSON reads the same letter
+    with pytest.raises(ValueError, match="expected JSON as biflow writes it"):
+        biflow.load(path)
+
+
 @pytest.mark.parametrize(
     "cut", [0, 1, 8, 100, 0.5, -1], ids=["empty", "1-byte", "length-only", "in-header", "half", "last-byte"]
 )
