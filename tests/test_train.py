@@ -202,7 +202,7 @@ def plain_alignment(config, flow, inverse, x, y, seed):
             elif a.normalize == "mean_square":
                 squares = squares / max(float((target[b] ** 2).mean()), 0.01)
             means.append(squares.mean())
-            adaptive = float((squares.sum() + a.adaptive_constant) ** -a.adaptive_power)
+            adaptive = (squares.sum().item() + a.adaptive_constant) ** -a.adaptive_power
             losses.append(adaptive * squares.sum() if a.adaptive_power else squares.mean())
         total = total + (a.weight_output if name == "output" else a.weight_states) * sum(losses) / len(x)
         errors[name] = sum(means) / len(x)
