@@ -227,14 +227,14 @@ def test_alignment_loss_and_its_gradient_follow_the_formula(images, alignment):
     gradients = torch.autograd.grad(loss, list(inverse.parameters()))
     want, errors = plain_alignment(config, flow, inverse, x, y, 7)
     assert terms.keys() == errors.keys() == {"output", "state_0", "state_1"}
-    assert float(loss) == pytest.approx(float(want), rel=1e-5)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     for name, error in errors.items():
         assert float(terms[name]) == pytest.approx(float(error), rel=1e-5)
         assert not terms[name].requires_grad
     for (name, _), got, expected in zip(
         inverse.named_parameters(), gradients, torch.autograd.grad(want, list(inverse.parameters())), strict=True
     ):
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(want), msg=name)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * want.item(), msg=name)
 
 
 def test_the_gradient_reaches_the_inverse_only_and_all_of_it(images):
