@@ -107,6 +107,40 @@ def test_label_drop():
     assert likelihood.drop_labels(None, 0.5, generator) is None
 
 
+def test_the_objective_drops_labels_in_training_only(images):
+    config = dataclasses.replace(flow_config(images), label_drop=0.5)
+    flow, objective = random_flow(config.model), likelihood.Likelihood(config, None)
+    x, y = torch.zeros(20, 1, 8, 8), torch.arange(20) % 2
+    for training in (True, False):
+        generator = torch.Generator().manual_seed(5)
+        noisy = 0.1 * torch.randn(x.shape, generator=generator)
+        dropped = torch.rand(20, generator=generator) < 0.5
+        want = train.likelihood_loss(flow, noisy, torch.where(dropped, -1, y) if training else y)[0]
+        got, _ = objective.loss(flow, x, y, torch.Generator().manual_seed(5), training=training)
+        assert torch.equal(got, want)
+
+
+def test_images_are_flipped_at_random_in_training(images, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(self, model, x, y, generator, *, training):
+        if training:
+            seen.append(x)
+        return original(self, model, x, y, generator, training=training)
+
+    original = likelihood.Likelihood.loss
+    monkeypatch.setattr(likelihood.Likelihood, "loss", spy)
+    config = flow_config(images, steps=3)
+    train.train_flow(config, tmp_path / "run", progress=False)
+    data = biflow.data.load(config.data)
+    order = optim.DataOrder(len(data.train_x), 16, config.run.seed)
+    stored = torch.cat([data.train_x.batch(order.indices(step)) for step in range(3)])
+    kept = (torch.cat(seen) == stored).flatten(1).all(1)
+    turned = (torch.cat(seen) == stored.flip(-1)).flatten(1).all(1)
+    assert bool((kept ^ turned).all())
+    assert 12 <= int(turned.sum()) <= 36
+
+
 def test_shift_only_moves_the_prior_in_training_only(images, tmp_path):
     config = changed(flow_config(images, steps=4), "model", shift_only=True)
     model = train.train_flow(config, tmp_path / "run", progress=False)
@@ -168,7 +202,7 @@ def plain_alignment(config, flow, inverse, x, y, seed):
             elif a.normalize == "mean_square":
                 squares = squares / max(float((target[b] ** 2).mean()), 0.01)
             means.append(squares.mean())
-            adaptive = float((squares.sum() + a.adaptive_constant) ** -a.adaptive_power)
+            adaptive = (squares.sum().item() + a.adaptive_constant) ** -a.adaptive_power
             losses.append(adaptive * squares.sum() if a.adaptive_power else squares.mean())
         total = total + (a.weight_output if name == "output" else a.weight_states) * sum(losses) / len(x)
         errors[name] = sum(means) / len(x)
@@ -193,14 +227,14 @@ def test_alignment_loss_and_its_gradient_follow_the_formula(images, alignment):
     gradients = torch.autograd.grad(loss, list(inverse.parameters()))
     want, errors = plain_alignment(config, flow, inverse, x, y, 7)
     assert terms.keys() == errors.keys() == {"output", "state_0", "state_1"}
-    assert float(loss) == pytest.approx(float(want), rel=1e-5)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     for name, error in errors.items():
         assert float(terms[name]) == pytest.approx(float(error), rel=1e-5)
         assert not terms[name].requires_grad
     for (name, _), got, expected in zip(
         inverse.named_parameters(), gradients, torch.autograd.grad(want, list(inverse.parameters())), strict=True
     ):
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(want), msg=name)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * want.item(), msg=name)
 
 
 def test_the_gradient_reaches_the_inverse_only_and_all_of_it(images):
@@ -233,6 +267,10 @@ def test_validation_uses_no_guidance_and_every_label(images):
     target = patchify(x, 4)
     error = ((clean - target) ** 2).mean((1, 2)) / (target**2).mean((1, 2)).clamp_min(0.01)
     assert float(terms["output"]) == pytest.approx(float(error.mean()), rel=1e-5)
+    objective = distill.Alignment(config, flow, None)
+    _, again = objective.loss(inverse, x, y, torch.Generator().manual_seed(3), training=False)
+    _, trained = objective.loss(inverse, x, y, torch.Generator().manual_seed(3), training=True)
+    assert again["output"] == terms["output"] != trained["output"]
 
 
 def test_a_perfect_prediction_has_no_loss_and_gray_targets_stay_finite():
