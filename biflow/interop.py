@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from biflow.models import TarFlow, TarFlowConfig
+from biflow.models.layers import check_grid
 
 # module of one of our layers -> the same one in theirs
 _LAYER_MODULES = {
@@ -80,6 +81,7 @@ def from_ml_tarflow(
             raise ValueError(f"{key}: expected torch.float32, got {value.dtype}")
     rows, width = _get(state, "blocks.0.proj_in.weight", 2).shape[::-1]
     blocks = _count(state, "blocks.")
+    check_grid(img_size, in_channels, patch_size)
     channels = in_channels * patch_size**2
     if rows != channels:
         raise ValueError(

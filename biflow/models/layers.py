@@ -90,22 +90,34 @@ def mlp_width(ratio: float, width: int) -> int:
     return max(8 * round(ratio * width / 8), 8)
 
 
+def check_size(name: str, value: int, least: int = 1) -> None:
+    """ValueError unless least <= value < 2^24: products of two sizes stay far from the limits of 64-bit counts."""
+    if value < least:
+        raise ValueError(f"{name}: expected {'at least 1' if least else '0 or more'}, got {value}")
+    if value >= 2**24:
+        raise ValueError(f"{name}: expected less than 2^24, got {value}")
+
+
 def check_grid(img_size: int, in_channels: int, patch_size: int) -> None:
     """Raises ValueError unless images (in_channels, img_size, img_size) split into patches."""
     for name, value in (("img_size", img_size), ("in_channels", in_channels), ("patch_size", patch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_size(name, value)
     if img_size % patch_size:
         raise ValueError(f"img_size: expected a multiple of patch_size {patch_size}, got {img_size}")
+    check_size("(img_size / patch_size)^2", (img_size // patch_size) ** 2)
+    check_size("in_channels patch_size^2", in_channels * patch_size**2)
 
 
 def check_transformer(width: int, head_dim: int, mlp_ratio: float, norm: str, gate: str) -> None:
     """Raises ValueError on a width, head_dim, mlp_ratio, norm or gate that `Layer` does not take."""
-    check_number("mlp_ratio", mlp_ratio, above=0)
-    if width <= 0 or head_dim <= 0 or width % head_dim:
-        raise ValueError(f"width: expected a positive multiple of head_dim {head_dim}, got {width}")
+    check_size("width", width)
+    check_size("head_dim", head_dim)
+    if width % head_dim:
+        raise ValueError(f"width: expected a multiple of head_dim {head_dim}, got {width}")
     if head_dim % 2:
         raise ValueError(f"head_dim: expected an even number, got {head_dim}")
+    check_number("mlp_ratio", mlp_ratio, above=0)
+    check_size("mlp_ratio * width", mlp_width(mlp_ratio, width))
     if norm not in NORM_EPS:
         raise ValueError(f"norm: expected one of {', '.join(NORM_EPS)}, got {norm!r}")
     if gate not in ("gelu", "swiglu"):

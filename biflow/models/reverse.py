@@ -20,6 +20,7 @@ from biflow.models.layers import (
     check_floats,
     check_grid,
     check_labels,
+    check_size,
     check_transformer,
     class_rows,
     mlp_width,
@@ -66,12 +67,10 @@ class BiFlowConfig:
     def __post_init__(self):
         check_fields(self)
         check_grid(self.img_size, self.in_channels, self.patch_size)
-        for name in ("num_blocks", "layers_per_group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, least in (("num_blocks", 1), ("layers_per_group", 1), ("num_classes", 0), ("class_tokens", 0)):
+            check_size(name, getattr(self, name), least)
+        check_size("guidance_tokens", self.guidance_tokens, 0)
         check_transformer(self.width, self.head_dim, self.mlp_ratio, self.norm, self.gate)
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes: expected 0 or more, got {self.num_classes}")
         if self.num_classes and self.class_tokens < 1:
             raise ValueError(f"class_tokens: expected at least 1 for a model with classes, got {self.class_tokens}")
         check_number("max_guidance", self.max_guidance, minimum=0)

@@ -20,6 +20,7 @@ from biflow.models.layers import (
     check_floats,
     check_grid,
     check_labels,
+    check_size,
     check_transformer,
     mlp_width,
     patchify,
@@ -73,16 +74,16 @@ class TarFlowConfig:
     def __post_init__(self):
         check_fields(self)
         check_grid(self.img_size, self.in_channels, self.patch_size)
-        if self.num_blocks < 1:
-            raise ValueError(f"num_blocks: expected at least 1, got {self.num_blocks}")
+        check_size("num_blocks", self.num_blocks)
         layers = self.layers_per_block
         if isinstance(layers, tuple) and len(layers) != self.num_blocks:
             raise ValueError(f"layers_per_block: expected {self.num_blocks} numbers (num_blocks), got {len(layers)}")
-        if min(layers if isinstance(layers, tuple) else (layers,)) < 1:
-            raise ValueError(f"layers_per_block: expected at least 1 each, got {layers}")
+        for count in layers if isinstance(layers, tuple) else (layers,):
+            check_size("layers_per_block", count)
         check_transformer(self.width, self.head_dim, self.mlp_ratio, self.norm, self.gate)
-        for name in ("num_classes", "class_tokens", "context_dim", "noise_std"):
-            check_number(name, getattr(self, name), minimum=0)
+        for name in ("num_classes", "class_tokens", "context_dim"):
+            check_size(name, getattr(self, name), 0)
+        check_number("noise_std", self.noise_std, minimum=0)
         if self.class_tokens and not self.num_classes:
             raise ValueError(f"class_tokens: expected 0 when num_classes is 0, got {self.class_tokens}")
         if self.shift_only and (self.scale != "exp" or self.clip_on != "both"):

@@ -3,5 +3,16 @@
 from biflow import _library  # noqa: F401
 from biflow.ops.affine import affine_decode, affine_encode
 from biflow.ops.attention import attention
+from biflow.ops.decode_block import BlockConfig, BlockWeights, decode_block, pack_block
+from biflow.ops.weights import weights_key
 
-__all__ = ["affine_decode", "affine_encode", "attention"]
+__all__ = [
+    "BlockConfig",
+    "BlockWeights",
+    "affine_decode",
+    "affine_encode",
+    "attention",
+    "decode_block",
+    "pack_block",
+    "weights_key",
+]

@@ -181,6 +181,10 @@ def _check(z, weights, config, y, context, null_context, guidance, guide, attn_t
     if out is not None:
         if not out.is_contiguous():
             raise ValueError(f"{name}: out must be contiguous, got strides {out.stride()}")
+        if not torch.compiler.is_compiling():  # there the binding alone checks: addresses are not known yet
+            distance = abs(z.data_ptr() - out.data_ptr())
+            if z.is_contiguous() and 0 < distance < 4 * z.numel():
+                raise ValueError(f"{name}: out must be z itself or not overlap it")
         if torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in (z, out, context, null_context)
         ):

@@ -1,0 +1,358 @@
+"""decode_block: the exact sequential inverse of one flow block, against reference.decode_block in fp64 (DESIGN 8)."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from biflow import reference
+from biflow.ops.decode_block import BlockConfig, block_shapes, decode_block, pack_block
+
+BASE = dict(tokens=9, channels=4, width=32, layers=2, head_dim=8, mlp_hidden=64)
+# name: (config fields over BASE, decode options, prefix tokens of context); every option occurs, most with a tail
+CASES = {
+    "tarflow": ({}, {}, 0),  # the maths of FACTS 1: layernorm, gelu, shift by one, exp
+    "classes": (dict(num_classes=5), dict(y=True), 0),  # class vector, with a -1 in the batch
+    "guided_annealed": (dict(num_classes=5, flip=True), dict(y=True, guidance=1.5), 0),
+    "guided_constant_a": (dict(num_classes=5), dict(y=True, guidance=0.8, guide="a", anneal=False), 0),
+    "guided_b_interleaved": (
+        dict(num_classes=5, layout="interleaved"),
+        dict(y=True, guidance=0.8, guide="b", anneal=False),
+        0,
+    ),
+    "attention_temperature": (dict(flip=True), dict(guidance=2.0, attn_temp=0.6), 0),  # guidance without classes
+    "flip": (dict(flip=True, layout="shift_scale"), {}, 0),
+    "start_token": (dict(start_token=True, scale="softplus", clip=("tanh", 4.0)), {}, 0),  # STARFlow's block
+    "start_token_flip": (dict(start_token=True, flip=True, layout="interleaved"), {}, 0),
+    "modern": (dict(norm="rmsnorm", gate="swiglu", qk_norm=True, rope=True, pos_embed=False, flip=True), {}, 0),
+    "class_tokens": (dict(num_classes=3, class_tokens=4, rope=True), dict(y=True, guidance=1.0), 0),
+    "context": (dict(rope=True, qk_norm=True), dict(guidance=1.0, attn_temp=1.3), 5),
+    "context_and_class_tokens": (dict(num_classes=3, class_tokens=2, layers=3), dict(y=True), 60),  # prefill in pieces
+    "shift_only": (dict(shift_only=True, flip=True, scale="sigmoid", clip=("hard", 0.3)), {}, 0),
+    "sigmoid_clip_scale": (dict(scale="sigmoid", clip=("hard", 0.2), clip_on="scale"), {}, 0),
+    "one_token": (dict(tokens=1), {}, 0),  # no network evaluation at all
+    "one_token_start": (dict(tokens=1, start_token=True, num_classes=2), dict(y=True, guidance=1.0), 0),
+    "tails": (dict(tokens=35, channels=3, width=30, head_dim=6, mlp_hidden=37, gate="swiglu"), {}, 0),  # no 16s anywhere
+    "wide_head": (dict(tokens=18, width=256, head_dim=256, mlp_hidden=200, layers=1), {}, 0),  # head of 256, sums of > 128
+    "wide_panels": (dict(width=160, head_dim=80, mlp_hidden=432, channels=40), {}, 0),  # partial panel, K of 3.4 sum blocks
+}
+BATCH = 7  # one full tile of 6 rows and one of 1
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request):
+    try:
+        torch.ops.biflow.force_cpu_isa(request.param)
+    except RuntimeError:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    torch.ops.biflow.force_cpu_isa("best")
+
+
+def random_weights(config, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in block_shapes(config).items():
+        w = torch.randn(shape, generator=g, dtype=torch.float64)
+        if name.endswith(("norm1.weight", "norm2.weight", "q_norm.weight", "k_norm.weight")):
+            w = 1 + 0.2 * w
+        elif name.startswith("proj_out"):
+            w = 0.1 * w * shape[-1] ** -0.5 if len(shape) == 2 else 0.1 * w
+        elif name.endswith("bias"):
+            w = 0.1 * w
+        elif name.endswith(".weight"):
+            w = w * shape[-1] ** -0.5
+        weights[name] = w
+    if config.rope:
+        angle = torch.rand(config.tokens, config.head_dim // 2, generator=g, dtype=torch.float64) * 6
+        weights["rope_cos"], weights["rope_sin"] = angle.cos(), angle.sin()
+    return {name: w.float().to(dtype) for name, w in weights.items()}  # the values that fp32 can hold
+
+
+def make_case(name, batch=BATCH):
+    fields, options, context_tokens = CASES[name]
+    config = BlockConfig(**{**BASE, **fields})
+    g = torch.Generator().manual_seed(1)
+    z = torch.randn(batch, config.tokens, config.channels, generator=g)
+    options = dict(options)
+    if options.get("y"):
+        y = torch.randint(config.num_classes, (batch,), generator=g)
+        y[-1:] = -1
+        options["y"] = y
+    if context_tokens:
+        options["context"] = torch.randn(batch, context_tokens, config.width, generator=g)
+        if options.get("guidance"):
+            options["null_context"] = torch.randn(context_tokens, config.width, generator=g)
+    return config, random_weights(config), z, options
+
+
+def to(dtype, value):
+    if isinstance(value, dict):
+        return {k: to(dtype, v) for k, v in value.items()}
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """name -> (fp64 reference, error allowed: twice the fp32 reference's, and one rounding)"""
+    results = {}
+
+    def get(name):
+        if name not in results:
+            config, weights, z, options = make_case(name)
+            exact = reference.decode_block(z.double(), to(torch.float64, weights), config, **to(torch.float64, options))
+            plain = reference.decode_block(z, weights, config, **options)
+            floor = torch.finfo(torch.float32).eps * exact.abs().max().item()
+            results[name] = exact, 2 * (plain - exact).abs().max().item() + floor
+        return results[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity(name, isa, expected):
+    config, weights, z, options = make_case(name)
+    x = decode_block(z, pack_block(weights, config), config, **options)
+    exact, allowed = expected(name)
+    assert exact.abs().max() < 100, "the case must be well conditioned"
+    error = (x - exact).abs().max().item()
+    assert error <= allowed, f"error {error:.2e} of decode_block, {allowed:.2e} allowed"
+
+
+@pytest.mark.parametrize("name", ["tarflow", "start_token_flip", "context_and_class_tokens", "sigmoid_clip_scale"])
+def test_encode_gives_z_back(name):
+    config, weights, z, options = make_case(name)
+    x = decode_block(z, pack_block(weights, config), config, **options)
+    raw = reference.block_params(x.double(), to(torch.float64, weights), config, **to(torch.float64, options))
+    back, _ = reference.affine_encode(
+        x.double(),
+        raw,
+        layout=config.layout,
+        scale=config.scale,
+        clip=config.clip,
+        clip_on=config.clip_on,
+        causal=False,
+    )
+    torch.testing.assert_close(back.float(), z, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["guided_annealed", "context", "tails", "wide_panels"])
+def test_a_sample_does_not_depend_on_batch_or_threads(name, isa):
+    config, weights, z, options = make_case(name, batch=53)  # more than a group of 48 samples
+    packed = pack_block(weights, config)
+
+    def rows(value, pick):
+        return value[pick] if isinstance(value, torch.Tensor) and value.shape[0] == 53 else value
+
+    def decode(pick):
+        return decode_block(z[pick], packed, config, **{k: rows(v, pick) for k, v in options.items()})
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = decode(slice(None))
+        for pick in (slice(0, 1), slice(52, 53), slice(3, 5), slice(10, 13), slice(20, 24), slice(30, 35), slice(1, 50)):
+            assert torch.equal(decode(pick), whole[pick])
+        for n in (2, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(decode(slice(None)), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_guidance_is_an_extrapolation_of_two_runs_for_the_first_free_token():
+    """Token 1 depends on token 0 alone, so its guided value follows from unguided runs: no step of the loop is shared."""
+    config = BlockConfig(**{**BASE, "tokens": 2, "num_classes": 3})
+    weights = random_weights(config)
+    packed = pack_block(weights, config)
+    z, y = torch.randn(4, 2, 4), torch.tensor([0, 1, 2, -1])
+
+    def raw(labels, shift):  # x1 = z1 e^a + b, at z1 = 0 and 1
+        probe = z.clone()
+        probe[:, 1] = shift
+        return decode_block(probe, packed, config, y=labels)[:, 1].double()
+
+    def a_and_b(labels):
+        b = raw(labels, 0.0)
+        return (raw(labels, 1.0) - b).log(), b
+
+    (a, b), (null_a, null_b) = a_and_b(y), a_and_b(torch.full((4,), -1))
+    g = 1.7
+    want = z[:, 1].double() * (a + g * (a - null_a)).exp() + b + g * (b - null_b)
+    for anneal in (True, False):  # at the last token both weights are g
+        got = decode_block(z, packed, config, y=y, guidance=g, anneal=anneal)
+        torch.testing.assert_close(got[:, 1].double(), want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(got[3], decode_block(z[3:], packed, config)[0])  # y = -1: guidance changes nothing
+
+
+def test_no_label_is_the_mean_class():
+    config = BlockConfig(**{**BASE, "num_classes": 3})
+    weights = random_weights(config)
+    z = torch.randn(2, 9, 4)
+    packed = pack_block(weights, config)
+    mean = decode_block(z, packed, config, y=torch.tensor([-1, -1]))
+    assert torch.equal(mean, decode_block(z, packed, config))
+    last = decode_block(z, packed, config, y=torch.tensor([2, 2]))
+    assert not torch.allclose(mean, last, atol=1e-3)
+    plain = dataclasses.replace(config, num_classes=0)
+    added = {k: v for k, v in weights.items() if k != "class_embed"}
+    added["proj_in.bias"] = added["proj_in.bias"] + weights["class_embed"].mean(0)[0]
+    torch.testing.assert_close(mean, decode_block(z, pack_block(added, plain), plain), atol=1e-5, rtol=1e-5)
+
+
+def test_one_token_without_start_is_untouched():
+    config, weights, z, _ = make_case("one_token")
+    assert torch.equal(decode_block(z, pack_block(weights, config), config), z)
+
+
+def test_out():
+    config, weights, z, options = make_case("guided_annealed")
+    packed = pack_block(weights, config)
+    x = decode_block(z, packed, config, **options)
+    out = torch.full_like(z, float("nan"))
+    assert decode_block(z, packed, config, out=out, **options) is out
+    assert torch.equal(out, x)
+    itself = z.clone()
+    assert decode_block(itself, packed, config, out=itself, **options) is itself
+    assert torch.equal(itself, x)
+    buffer = torch.zeros(z.numel() + 4)
+    start, overlapping = buffer[4:].view_as(z), buffer[:-4].view_as(z)
+    with pytest.raises(ValueError, match="overlap"):
+        decode_block(start, packed, config, out=overlapping, **options)
+
+
+def test_non_contiguous_z_and_empty_batch():
+    config, weights, z, _ = make_case("tarflow")
+    packed = pack_block(weights, config)
+    strided = z.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(decode_block(strided, packed, config), decode_block(z, packed, config))
+    assert decode_block(z[:0], packed, config).shape == (0, 9, 4)
+
+
+def op_arguments(name):
+    """What decode_block passes to the torch op."""
+    seen = []
+    config, weights, z, options = make_case(name, batch=2)
+    packed = pack_block(weights, config)
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "decode_block" in str(func):
+                seen.append((args, kwargs))
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        decode_block(z, packed, config, **options)
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["tarflow", "class_tokens"])
+def test_opcheck(name):
+    args, kwargs = op_arguments(name)
+    torch.library.opcheck(torch.ops.biflow.decode_block.default, args, kwargs)
+    out = torch.empty_like(args[0])
+    torch.library.opcheck(torch.ops.biflow.decode_block_.default, (*args, out), kwargs)
+
+
+def test_compile():
+    config, weights, z, options = make_case("class_tokens")
+    packed = pack_block(weights, config)
+
+    def step(z, y, out):
+        x = decode_block(z * 1.0, packed, config, y=y, guidance=1.0)
+        decode_block(z, packed, config, y=y, out=out)
+        return x + out
+
+    out = torch.empty_like(z)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(z, options["y"], out)
+    assert torch.equal(got, step(z, options["y"], torch.empty_like(z)))
+    assert torch.equal(out, decode_block(z, packed, config, y=options["y"]))
+
+
+def test_no_gradient():
+    config, weights, z, _ = make_case("tarflow")
+    packed = pack_block(weights, config)
+    x = decode_block(z.requires_grad_(), packed, config)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        x.sum().backward()
+    with pytest.raises(RuntimeError, match="no_grad"):
+        decode_block(z, packed, config, out=torch.empty(z.shape))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(width=30), "width 30 is not a multiple of head_dim 8"),
+        (dict(head_dim=5, width=30), "head_dim must be even"),
+        (dict(head_dim=258, width=258), "at most 256"),
+        (dict(tokens=0), "tokens must be an integer from 1"),
+        (dict(layers=1.5), "layers must be an integer"),
+        (dict(norm="batchnorm"), "norm must be one of 'layernorm', 'rmsnorm', got 'batchnorm'"),
+        (dict(gate="relu"), "gate must be one of"),
+        (dict(scale="tanh"), "scale must be one of"),
+        (dict(layout="ab"), "layout must be one of"),
+        (dict(clip=("soft", 1.0)), "must be one of 'hard', 'tanh'"),
+        (dict(clip=("hard", 0.0)), "must be positive"),
+        (dict(clip=3.0), "clip must be None"),
+        (dict(class_tokens=2), "num_classes is 0"),
+    ],
+)
+def test_bad_config(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BlockConfig(**{**BASE, **fields})
+
+
+def test_bad_weights():
+    config = BlockConfig(**BASE)
+    weights = random_weights(config)
+    with pytest.raises(ValueError, match=r"missing weights: \['layers.1.qkv.bias'\]; unexpected weights: \['extra'\]"):
+        pack_block({k: v for k, v in weights.items() if k != "layers.1.qkv.bias"} | {"extra": z0}, config)
+    with pytest.raises(ValueError, match=r"layers.0.fc1.weight must have shape \(64, 32\), got \(32, 64\)"):
+        pack_block(weights | {"layers.0.fc1.weight": weights["layers.0.fc1.weight"].T}, config)
+    with pytest.raises(TypeError, match=r"proj_in.weight must be a float32 tensor on the CPU, got torch.float64"):
+        pack_block(weights | {"proj_in.weight": weights["proj_in.weight"].double()}, config)
+
+
+z0 = torch.zeros(2, 9, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(z=torch.zeros(2, 8, 4)), ValueError, r"z must have shape \(2, 9, 4\), got \(2, 8, 4\)"),
+        (dict(z=torch.zeros(9, 4)), ValueError, r"z must have shape"),
+        (dict(z=z0.double()), TypeError, "z must be a float32 tensor on the CPU, got torch.float64"),
+        (dict(z=[[0.0]]), TypeError, "z must be a float32 tensor on the CPU, got list"),
+        (dict(out=torch.zeros(2, 9, 5)), ValueError, "out must have shape"),
+        (dict(out=torch.zeros(2, 4, 9).transpose(1, 2)), ValueError, "out must be contiguous"),
+        (dict(y=torch.zeros(3, dtype=torch.int64)), ValueError, r"y must be int64 of shape \(2,\)"),
+        (dict(y=torch.zeros(2)), ValueError, "y must be int64"),
+        (dict(guide="c"), ValueError, "guide must be"),
+        (dict(guidance=-1.0), ValueError, "guidance must be finite and at least 0, got -1.0"),
+        (dict(guidance=float("nan")), ValueError, "guidance must be finite"),
+        (dict(attn_temp=0.0), ValueError, "attn_temp must be"),
+        (dict(context=torch.zeros(2, 3, 31)), ValueError, r"context must have shape \(2, 3, 32\)"),
+        (dict(context=torch.zeros(2, 3, 32).double()), TypeError, "context must be float32"),
+        (dict(context=torch.zeros(2, 3, 32), guidance=1.0), ValueError, "needs null_context"),
+        (dict(context=torch.zeros(2, 3, 32), null_context=torch.zeros(4, 32)), ValueError, "null_context must have"),
+        (dict(null_context=torch.zeros(4, 32)), ValueError, "without context"),
+        (dict(weights={}), TypeError, "weights must come from pack_block"),
+        (dict(config=BlockConfig(**{**BASE, "num_classes": 2, "flip": True})), ValueError, "packed for another config"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    config = BlockConfig(**{**BASE, "num_classes": 2})
+    call = dict(z=z0, weights=pack_block(random_weights(config), config), config=config) | arguments
+    with pytest.raises(error, match=message):
+        decode_block(**call)
+
+
+def test_the_torch_op_checks_again():
+    args, kwargs = op_arguments("tarflow")
+    op = torch.ops.biflow.decode_block
+    with pytest.raises(RuntimeError, match="packed has the wrong shape"):
+        op(args[0], args[1][:-16], *args[2:], **kwargs)
+    with pytest.raises(RuntimeError, match="z must be float32"):
+        op(args[0].double(), *args[1:], **kwargs)
+    with pytest.raises(RuntimeError, match="unknown norm"):
+        op(*args, **{**kwargs, "norm": "none"})
