@@ -13,7 +13,7 @@ import yaml
 import biflow
 from biflow import data as datasets
 from biflow import evaluate, presets
-from biflow.checkpoint import replacing
+from biflow.checkpoint import TEMPORARY, replacing
 from biflow.config import to_mapping
 from biflow.evaluate import EvaluationConfig, plots
 from biflow.models import BiFlow, TarFlow
@@ -98,6 +98,8 @@ def _prepare(out: Path, config: DemoConfig, resume: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     file = out / "config.yaml"
     mapping = to_mapping(config)
+    for leftover in out.glob(f"{TEMPORARY}*"):  # of a killed process
+        leftover.unlink()
     if any(out.iterdir()):
         if not resume:
             raise FileExistsError(f"{out}: the folder is not empty; continue the demo in it (--resume) or name another")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -211,3 +212,23 @@ def test_samples_that_overflowed_are_counted_not_hidden(real):
     assert math.isfinite(entry["frechet"])
     nothing = evaluate.describe_samples(torch.full_like(images, math.inf), real.val_y, real, 0.0)
     assert (nothing["non_finite"], nothing["frechet"], nothing["pixel_std"]) == (60, None, None)
+
+
+def test_data_without_labels_or_bins_has_no_numbers_that_need_them(tmp_path):
+    np.savez(tmp_path / "plain.npz", images=np.linspace(-1, 1, 60 * 64, dtype=np.float32).reshape(60, 8, 8))
+    real = RealData.of(load(DataConfig(source=str(tmp_path / "plain.npz"))), QUICK)
+    rev = randomise(biflow.BiFlow(biflow.BiFlowConfig(**TINY, layers_per_group=1)))
+    flow = tiny_flow(noise_std=0.1)
+    report = evaluate.evaluate_flow(flow, real, QUICK)
+    assert report["held_out_bits_per_dim"] is None
+    assert math.isfinite(report["held_out_nats_per_dim"])
+    for entry in (*report["samples"], *evaluate.evaluate_inverse(rev, flow, real, QUICK)["samples"]):
+        assert (entry["guidance"], entry["class_agreement"], entry["frechet"]) == (0.0, None, None)
+        assert math.isfinite(entry["pixel_std_difference"])
+
+
+def test_an_inverse_with_classes_fits_a_flow_without(real):
+    rev, _ = tiny_pair()
+    report = evaluate.evaluate_inverse(rev, tiny_flow(noise_std=0.1), real, QUICK)
+    assert [s["guidance"] for s in report["samples"]] == [0.0, 1.0]
+    assert all(math.isfinite(s["distance_to_exact"]) for s in report["samples"])
