@@ -181,7 +181,10 @@ class Decoder {
         }
         float* cache = caches_ + ((static_cast<int64_t>(j) * sequences_ + sequence) * heads + head) * cache_.size();
         append(cache_, cache, position + i, k, v);
-        if (!keys_only) attend(cache_, cache, position + i + 1, q, scale, scores_, attended_ + row * width_ + head * d);
+        if (keys_only) continue;
+        // heads and sequences lie one after the other; the last one's `next` is not read, only fetched
+        attend(cache_, cache, cache + cache_.size(), position + i + 1, q, scale, scores_,
+               attended_ + row * width_ + head * d);
       }
     }
   }
