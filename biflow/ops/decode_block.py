@@ -97,7 +97,7 @@ class BlockWeights:
 
 
 def block_shapes(config: BlockConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a block's state_dict and its shape, in the order that the packing op reads; class_embed is last."""
+    """Every tensor of a block's state_dict and its shape, in the order that packing reads them; class_embed is last."""
     c, d, hidden = config.width, config.head_dim, config.mlp_hidden
     layernorm = config.norm == "layernorm"
 
@@ -144,7 +144,9 @@ def pack_block(state_dict: dict[str, Tensor], config: BlockConfig) -> BlockWeigh
     missing = [name for name in shapes if name not in state_dict]
     unexpected = [name for name in state_dict if name not in shapes]
     if missing or unexpected:
-        raise ValueError(f"pack_block: missing weights: {missing or 'none'}; unexpected weights: {unexpected or 'none'}")
+        raise ValueError(
+            f"pack_block: missing weights: {missing or 'none'}; unexpected weights: {unexpected or 'none'}"
+        )
     for name, shape in shapes.items():
         w = state_dict[name]
         if not isinstance(w, Tensor) or w.dtype != torch.float32 or w.device.type != "cpu":

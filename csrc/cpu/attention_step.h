@@ -8,8 +8,8 @@ namespace biflow::cpu::BIFLOW_ISA {
 
 constexpr int kKeyBlock = 16;  // tokens
 
-// The cache of one sequence and head: keys in blocks of kKeyBlock tokens, each [d][kKeyBlock], so that a vector holds one
-// channel of neighbouring tokens and a block is read front to back; then values [token][d padded].
+// The cache of one sequence and head: keys in blocks of kKeyBlock tokens, each [d][kKeyBlock], so that a vector holds
+// one channel of neighbouring tokens and a block is read front to back; then values [token][d padded].
 struct CacheShape {
   int d = 0, d_padded = 0, key_blocks = 0, tokens = 0;
 
@@ -29,9 +29,9 @@ inline void append(const CacheShape& c, float* cache, int t, const float* key, c
   std::memcpy(cache + c.keys_size() + static_cast<int64_t>(t) * c.d_padded, value, sizeof(float) * c.d);
 }
 
-// out[d] = sum_t softmax_t(scale q . k_t) v_t over the tokens t < n; scores: scratch for n floats, rounded up to kKeyBlock.
-// Fetches 16 tokens ahead, at the end the first keys of `next`, the cache that is read after this one: caches of many
-// sequences are too scattered for the hardware to guess.
+// out[d] = sum_t softmax_t(scale q . k_t) v_t over the tokens t < n; scores: scratch for n floats, rounded up to
+// kKeyBlock. Fetches 16 tokens ahead, at the end the first keys of `next`, the cache that is read after this one:
+// caches of many sequences are too scattered for the hardware to guess.
 inline void attend(const CacheShape& c, const float* cache, const float* next, int n, const float* q, float scale,
                    float* scores, float* out) {
   const float* values = cache + c.keys_size();
@@ -84,12 +84,15 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
 #pragma GCC unroll 4
       for (int j = 0; j < kWide * kLanes; j += kLineFloats) __builtin_prefetch(ahead + i + j);
 #pragma GCC unroll 4
-      for (int j = 0; j < kWide; ++j) sum[j] += w * load(values + static_cast<int64_t>(t) * c.d_padded + i + j * kLanes);
+      for (int j = 0; j < kWide; ++j)
+        sum[j] += w * load(values + static_cast<int64_t>(t) * c.d_padded + i + j * kLanes);
     }
     for (int j = 0; j < kWide; ++j) {
       const int rest = c.d - i - j * kLanes;
-      if (rest >= kLanes) store(out + i + j * kLanes, sum[j] * inverse);
-      else if (rest > 0) store_partial(out + i + j * kLanes, sum[j] * inverse, rest);
+      if (rest >= kLanes)
+        store(out + i + j * kLanes, sum[j] * inverse);
+      else if (rest > 0)
+        store_partial(out + i + j * kLanes, sum[j] * inverse, rest);
     }
   }
   for (; i < c.d; i += kLanes) {
