@@ -48,7 +48,10 @@ struct AffineParams {
   // A chunk is the unit of work: whole tokens of one sample, about 8192 elements. It depends on the shape alone, so
   // sums are the same for any number of threads.
   // (Inlined by force: a copy shared by the objects of all instruction sets would run on the wrong CPU.)
-  __attribute__((always_inline)) int64_t tokens_per_chunk() const { return D >= 8192 ? 1 : 8192 / (D > 0 ? D : 1); }
+  __attribute__((always_inline)) int64_t tokens_per_chunk() const {
+    const int64_t n = 8192 / (D > 0 ? D : 1);
+    return n >= 16 ? n / 16 * 16 : n > 0 ? n : 1;  // multiples of 16 keep chunks aligned
+  }
   __attribute__((always_inline)) int64_t chunks_per_sample() const {
     return (T + tokens_per_chunk() - 1) / tokens_per_chunk();
   }

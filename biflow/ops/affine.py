@@ -28,9 +28,9 @@ def affine_encode(
 ) -> tuple[Tensor, Tensor]:
     """z = (x - b) / sigma(a) per element, with log|det dz/dx| (TARFlow, arXiv 2412.06329, section 3; RealNVP's affine).
 
-    Order of operations: params are split by `layout` into raw scale a and raw shift b -> both move by one token in block
-    order if `causal` (token t uses what the network wrote at the token before it; the first token's a and b are 0) ->
-    `clip` -> sigma = `scale` map of a -> affine -> masked tokens replaced by x.
+    Order of operations: params are split by `layout` into raw scale a and raw shift b -> both move by one token in
+    block order if `causal` (token t uses what the network wrote at the token before it; the first token's a and b are
+    0) -> `clip` -> sigma = `scale` map of a -> affine -> masked tokens replaced by x.
 
     Args:
         x: (B, T, D), float32, bfloat16, float16 or float64, any strides.

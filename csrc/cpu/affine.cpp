@@ -57,11 +57,45 @@ inline void keep_lanes(Vector<S>& v, int n) {  // zero in the lanes behind n, wh
     for (int i = n; i < kLanes; ++i) v[i] = 0;
 }
 
+// Outputs larger than this bypass the caches: nothing of them would be left there for a reader, and a cached store
+// reads the line it is about to overwrite.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+inline void stream(float* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+inline void stream(double* p, double v) { store(p, v); }
+
+template <class P, class V, class N>
+void put(P* p, V v, N m, bool streamed) {  // streamed: p is aligned to a vector
+  if constexpr (std::is_same_v<N, int>)
+    store_n(p, v, m);
+  else if (streamed)
+    stream(p, v);
+  else
+    store_n(p, v, m);
+}
+
+inline bool vector_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 template <class S>
 struct Forward {
   const S *a, *b, *input;
   S* output;
   S c;
+  bool large;        // output goes around the caches
   Vector<S> logdet;  // running sum per lane
 };
 
@@ -69,11 +103,12 @@ template <class S, bool kEncode, bool kLogdet, ScaleMap kMap, Clip kClip, bool k
 void forward_rows(Forward<S>& r, int64_t n) {
   using V = Vector<S>;
   const V c = constant<V>(r.c);
+  const bool streamed = r.large && vector_aligned(r.output);
   each_vector<S>(n, [&](int64_t i, auto m) {
     const auto s = scale_map<kMap>(clip<kClip>(load_n(r.a + i, m), c));
     const V b = clip<kClipB ? kClip : Clip::none>(load_n(r.b + i, m), c);
     const V v = load_n(r.input + i, m);
-    store_n(r.output + i, kEncode ? (v - b) * s.inverse : v * s.sigma + b, m);
+    put(r.output + i, kEncode ? (v - b) * s.inverse : v * s.sigma + b, m, streamed);
     if constexpr (kLogdet) {
       V log = s.log;
       if constexpr (std::is_same_v<decltype(m), int>) keep_lanes<S>(log, m);
@@ -87,6 +122,7 @@ struct Backward {
   const S *a, *b, *input, *grad_output;
   S *grad_a, *grad_b, *grad_input;  // may be the rows read
   S c, grad_logdet;
+  bool large;  // what is not scratch goes around the caches
 };
 
 template <class S, bool kEncode, ScaleMap kMap, Clip kClip, bool kClipB>
@@ -94,6 +130,8 @@ void backward_rows(Backward<S>& r, int64_t n) {
   using V = Vector<S>;
   constexpr Clip kind_b = kClipB ? kClip : Clip::none;
   const V c = constant<V>(r.c), gl = constant<V>(r.grad_logdet);
+  const bool streamed = r.large && vector_aligned(r.grad_input);
+  const bool streamed_params = r.large && r.grad_a != r.a && vector_aligned(r.grad_a) && vector_aligned(r.grad_b);
   each_vector<S>(n, [&](int64_t i, auto m) {
     const V a = load_n(r.a + i, m), b = load_n(r.b + i, m), v = load_n(r.input + i, m),
             g = load_n(r.grad_output + i, m);
@@ -101,9 +139,9 @@ void backward_rows(Backward<S>& r, int64_t n) {
     const V to_input = g * (kEncode ? s.inverse : s.sigma);
     const V moved = kEncode ? v - clip<kind_b>(b, c) : v;  // what sigma multiplies or divides
     const V to_log = kEncode ? -(to_input * moved + gl) : to_input * moved - gl;
-    store_n(r.grad_input + i, to_input, m);
-    store_n(r.grad_b + i, (kEncode ? -to_input : g) * clip_gradient<kind_b>(b, c), m);
-    store_n(r.grad_a + i, to_log * s.log_gradient * clip_gradient<kClip>(a, c), m);
+    put(r.grad_input + i, to_input, m, streamed);
+    put(r.grad_b + i, (kEncode ? -to_input : g) * clip_gradient<kind_b>(b, c), m, streamed_params);
+    put(r.grad_a + i, to_log * s.log_gradient * clip_gradient<kClip>(a, c), m, streamed_params);
   });
 }
 
@@ -199,7 +237,8 @@ class Chunk {
           continue;
         }
       }
-      const int64_t most = direct ? 1 : kPiece / D;  // tokens in a piece; 0: a token takes several pieces
+      // tokens in a piece; 0: a token takes several pieces. A multiple of 16 keeps pieces aligned
+      const int64_t most = direct ? 1 : kPiece / D >= 16 ? kPiece / D / 16 * 16 : kPiece / D;
       while (t < stop) {
         if (most > 0 && D <= kPiece) {
           const int64_t m = most < stop - t ? most : stop - t;
@@ -331,6 +370,7 @@ void run_forward(const AffineParams& p, int64_t index, void (*rows)(Forward<S>&,
   Data* output = static_cast<Data*>(p.output);
   Forward<S> r{};
   r.c = static_cast<S>(p.options.clip_value);
+  r.large = std::is_same_v<S, Data> && p.B * p.T * p.D * int64_t(sizeof(Data)) >= kStreamBytes;
   double logdet = 0;
   int64_t pending = 0;
   const auto flush = [&] {
@@ -353,6 +393,7 @@ void run_forward(const AffineParams& p, int64_t index, void (*rows)(Forward<S>&,
         std::memcpy(chunk.data(output, token), chunk.input(token), sizeof(Data) * tokens * p.D);
       });
   flush();
+  finish_streams();
   if (p.partial) p.partial[index] = logdet;
 }
 
@@ -364,6 +405,7 @@ void run_backward(const AffineParams& p, int64_t index, void (*rows)(Backward<S>
   Data* grad_input = static_cast<Data*>(p.grad_input);
   Backward<S> r{};
   r.c = static_cast<S>(p.options.clip_value);
+  r.large = std::is_same_v<S, Data> && p.B * p.T * p.D * int64_t(sizeof(Data)) >= kStreamBytes;
   r.grad_logdet = p.grad_logdet ? static_cast<const S*>(p.grad_logdet)[chunk.sample] : S(0);
   chunk.walk(
       [&](const Piece& q) {
@@ -383,6 +425,7 @@ void run_backward(const AffineParams& p, int64_t index, void (*rows)(Backward<S>
         for (int64_t t = token; t < token + tokens; ++t)
           if (chunk.has_row(t)) chunk.zero_grad_row(t + chunk.step);
       });
+  finish_streams();
   const int64_t last = p.options.flip ? 0 : p.T - 1;  // in block order: its params are read by no token
   if (p.options.causal && last >= chunk.begin && last < chunk.end) chunk.zero_grad_row(last);
 }

@@ -1,0 +1,89 @@
+"""What the commands share: help texts, interrupts, and reading checkpoints and run folders."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from biflow.data import DataConfig
+    from biflow.models import BiFlow, TarFlow
+
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with what the interrupted job says about it."""
+
+
+def guarded(command: Callable) -> Callable:
+    """`command` with KeyboardInterrupt as `Interrupted`, which typer passes on with its message."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            raise Interrupted(str(error)) from error
+
+    return run
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help."""
+    return "Examples:\n\n\b\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def version(wanted: bool) -> None:
+    """Callback of --version."""
+    if wanted:
+        import biflow
+
+        typer.echo(f"biflow {biflow.__version__}")
+        raise typer.Exit
+
+
+def model_file(checkpoint: str) -> Path:
+    """The model file that the user named: a .safetensors file, or the folder of a finished run."""
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        if not (path / "model.safetensors").is_file():
+            raise FileNotFoundError(
+                f"{checkpoint}: expected a finished run with model.safetensors, found none in the folder"
+            )
+        return path / "model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{checkpoint}: no such file")
+    return path
+
+
+def load_model(checkpoint: str, kind: str | None = None) -> "TarFlow | BiFlow":
+    """The model of a checkpoint or run folder; ValueError unless it is of the wanted kind ("TarFlow", "BiFlow")."""
+    from biflow.checkpoint import load
+
+    model = load(model_file(checkpoint))
+    if kind is not None and type(model).__name__ != kind:
+        raise ValueError(f"{checkpoint}: expected a {kind}, got a {type(model).__name__}")
+    return model
+
+
+def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConfig":
+    """The data that the user named, or else the data of the run that the checkpoint lies in."""
+    import yaml
+
+    from biflow.config import from_mapping
+    from biflow.data import DataConfig
+
+    if source is not None:
+        return DataConfig(source=source, img_size=img_size if Path(source).is_dir() else None)
+    folder = model_file(checkpoint).parent
+    for candidate in (folder / "config.yaml", folder.parent.parent / "config.yaml"):
+        if candidate.is_file():
+            values = yaml.safe_load(candidate.read_text(encoding="utf-8"))
+            if isinstance(values, dict) and "data" in values:
+                return from_mapping(DataConfig, values["data"], f"{candidate}: data")
+    raise ValueError(
+        f"{checkpoint}: expected --data, since the checkpoint does not lie in a run folder with config.yaml"
+    )

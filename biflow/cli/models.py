@@ -1,0 +1,212 @@
+"""What one does with a checkpoint: sample, evaluate, info."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from biflow.cli.common import data_config, examples, load_model, model_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from biflow.models import BiFlow, TarFlow
+
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CKPT", help="A model .safetensors file, or a finished run's folder.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
+
+
+def sample(
+    checkpoint: Checkpoint,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of images.")] = 16,
+    out: Annotated[str, typer.Option("--out", help="A .png (a grid) or .npz (images, labels).")] = "samples.png",
+    label: Annotated[
+        str,
+        typer.Option("--class", metavar="K|all|none", help="Class to draw; all: each in turn; none: unconditional."),
+    ] = "all",
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Strength >= 0.  [default: 1 for a class, 0 without]")
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="Standard deviation of the noise.")] = 1.0,
+    seed: Seed = 0,
+    no_denoise: Annotated[bool, typer.Option("--no-denoise", help="Exact flow: keep the training noise.")] = False,
+) -> None:
+    """Draw images from a flow (exact) or from a learned inverse (one pass).
+
+    A .npz holds images (N,H,W,C) fp32 in [-1, 1] and labels (N,) int64: a file that --data and data.source read.
+    """
+    import torch
+
+    from biflow.models import TarFlow
+
+    path = Path(out).expanduser()
+    if path.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out: expected a file ending in .png or .npz, got {out!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
+    model = load_model(checkpoint)
+    y = _labels(model, label, n)
+    if guidance is None:
+        limit = getattr(model.config, "max_guidance", 0.0) or 1.0
+        guidance = min(1.0, limit) if y is not None else 0.0
+    options = {}
+    if isinstance(model, TarFlow):
+        options["denoise"] = False if no_denoise else None
+    elif no_denoise:
+        raise ValueError("--no-denoise: expected with an exact flow; a learned inverse ends in clean images")
+    images = model.sample(
+        n, y, guidance=guidance, temperature=temperature, generator=torch.Generator().manual_seed(seed), **options
+    )
+    _write(images, y, path)
+    typer.echo(f"{path}: {n} images")
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    flow: Annotated[str | None, typer.Option("--flow", help="The flow that a learned inverse inverts.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="SOURCE", help="digits, a .npz or a folder.  [default: the run's]")
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Write the JSON here.  [default: print it]")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples per guidance.")] = 500,
+    guidance: Annotated[
+        list[float] | None, typer.Option("--guidance", help="Strength; may be repeated.  [default: 0 1 2 3]")
+    ] = None,
+    timings: Annotated[bool, typer.Option("--timings", help="Also ms per image of each way of decoding.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Measure a flow, or a learned inverse next to its flow, on held-out data and on samples.
+
+    Bits per dim, round-trip error, class agreement and Frechet distance by a small classifier that is trained on the
+    real images first, pixel statistics, and for an inverse its reconstruction error and distance to the exact output.
+    """
+    from biflow import data as datasets
+    from biflow import evaluate as metrics
+    from biflow.checkpoint import replacing
+    from biflow.models import BiFlow
+
+    path = None if out is None else Path(out).expanduser()
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
+    model = load_model(checkpoint)
+    learned = isinstance(model, BiFlow)
+    if learned != (flow is not None):
+        what = "a learned inverse, which is measured next to its flow" if learned else "a flow"
+        raise ValueError(f"--flow: expected {'with' if learned else 'only with a learned inverse, not with'} {what}")
+    if timings and not learned:
+        raise ValueError("--timings: expected with a learned inverse, whose speed is compared with its flow's")
+    forward = load_model(flow, "TarFlow") if learned else model
+    config = metrics.EvaluationConfig(
+        samples=samples, guidances=tuple(guidance or metrics.EvaluationConfig.guidances), seed=seed
+    )
+    loaded = datasets.load(data_config(data, checkpoint, model.config.img_size))
+    metrics.check_data(model, loaded)
+    if learned:
+        metrics.check_pair(model, forward)
+    real = metrics.RealData.of(loaded, config)
+    report = {"data": metrics.describe_data(real), "exact": metrics.evaluate_flow(forward, real, config)}
+    if learned:
+        report["learned"] = metrics.evaluate_inverse(model, forward, real, config)
+    if timings:
+        strength = min(1.0, model.config.max_guidance or 1.0)
+        report["timings"] = metrics.time_decoders(model, forward, guidance=strength)
+    text = json.dumps(report, indent=2, allow_nan=False)
+    if path is None:
+        typer.echo(text)
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n")
+    typer.echo(str(path))
+
+
+def info(
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="[CKPT]", help="A model file or a finished run's folder to describe.")
+    ] = None,
+) -> None:
+    """What this build and this machine offer, or what a checkpoint holds."""
+    import torch
+    import yaml
+
+    import biflow
+    from biflow import ops  # noqa: F401  (registers torch.ops.biflow)
+
+    if checkpoint is not None:
+        from biflow.checkpoint import describe
+
+        found = describe(model_file(checkpoint))
+    else:
+        found = {
+            "biflow": biflow.__version__,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "cpu instruction set": torch.ops.biflow.cpu_isa(),
+            "cuda": torch.cuda.is_available(),
+        }
+        try:
+            from biflow import _C
+        except ImportError:
+            found["build"] = "unknown: biflow._C is not built for this Python"
+        else:
+            found["build"] = {k: v for k, v in _C.build_info().items() if k != "version"}
+    typer.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip())
+
+
+def _labels(model: "TarFlow | BiFlow", label: str, n: int) -> "Tensor | None":
+    import torch
+
+    classes = model.config.num_classes
+    if label == "none" or (label == "all" and not classes):
+        return None
+    if label == "all":
+        return torch.arange(n) % classes
+    if not label.isdecimal() or int(label) >= classes:
+        have = f"a class in [0, {classes}), all or none" if classes else "none for a model without classes"
+        raise ValueError(f"--class: expected {have}, got {label!r}")
+    return torch.full((n,), int(label))
+
+
+def _write(images: "Tensor", y: "Tensor | None", path: Path) -> None:
+    import numpy as np
+
+    from biflow.checkpoint import replacing
+    from biflow.evaluate import plots
+
+    if path.suffix == ".npz":
+        arrays = {"images": images.clamp(-1, 1).permute(0, 2, 3, 1).numpy()}
+        if y is not None:
+            arrays["labels"] = y.numpy()
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+    elif y is not None and len(y.unique()) > 1:
+        classes = y.unique().tolist()
+        plots.save_grid([images[y == k] for k in classes], path, labels=[f"class {k}" for k in classes])
+    else:
+        columns = max(1, round(len(images) ** 0.5))
+        plots.save_grid(images.split(columns), path)
+
+
+COMMANDS = (
+    (
+        "sample",
+        sample,
+        examples(
+            "biflow sample runs/inverse --n 50",
+            "biflow sample runs/flow --class 3 --guidance 2 --out threes.png",
+            "biflow sample runs/inverse/model.safetensors --n 1000 --seed 7 --out samples.npz",
+        ),
+    ),
+    (
+        "evaluate",
+        evaluate,
+        examples(
+            "biflow evaluate runs/flow",
+            "biflow evaluate runs/inverse --flow runs/flow --out report.json",
+            "biflow evaluate flow.safetensors --data digits --guidance 0 --guidance 1",
+        ),
+    ),
+    ("info", info, examples("biflow info", "biflow info runs/flow")),
+)

@@ -1,0 +1,38 @@
+"""Evaluation of a flow and its learned inverse: numbers, timings, pictures."""
+
+from biflow.evaluate.classifier import Judge, train_judge
+from biflow.evaluate.eager import eager_decode
+from biflow.evaluate.frechet import frechet_distance
+from biflow.evaluate.metrics import (
+    EvaluationConfig,
+    RealData,
+    check_data,
+    check_pair,
+    decode_exact,
+    decode_learned,
+    describe_data,
+    describe_samples,
+    evaluate_flow,
+    evaluate_inverse,
+    noise,
+)
+from biflow.evaluate.timing import time_decoders
+
+__all__ = [
+    "EvaluationConfig",
+    "Judge",
+    "RealData",
+    "check_data",
+    "check_pair",
+    "decode_exact",
+    "decode_learned",
+    "describe_data",
+    "describe_samples",
+    "eager_decode",
+    "evaluate_flow",
+    "evaluate_inverse",
+    "frechet_distance",
+    "noise",
+    "time_decoders",
+    "train_judge",
+]

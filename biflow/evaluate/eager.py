@@ -1,0 +1,160 @@
+"""Exact decoding as plain eager PyTorch does it: the baseline that the fused op is timed against."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from biflow.models.layers import Layer, apply_rope, class_rows, unpatchify
+from biflow.models.tarflow import Block, TarFlow
+from biflow.solvers import Guidance
+
+SCALES = ("exp", "softplus", "sigmoid")
+LAYOUTS = ("scale_shift",)
+
+
+@torch.no_grad()
+def eager_decode(
+    flow: TarFlow,
+    z: Tensor,
+    y: Tensor | None = None,
+    context: Tensor | None = None,
+    *,
+    guidance: float = 0.0,
+    guide: str = "ab",
+    anneal: bool = True,
+    attn_temp: float = 1.0,
+) -> Tensor:
+    """`TarFlow.decode` in plain PyTorch: one token at a time, keys and values of earlier tokens in a cache that grows
+    by concatenation.
+
+    With guidance the conditional and the unconditional pass run as one batch of 2 B, the faster way in eager mode.
+
+    Args:
+        flow: the model; every option of TarFlowConfig.
+        z, y, context, guidance, guide, anneal, attn_temp: as in `TarFlow.decode`.
+
+    Returns:
+        x (B,C,H,W) fp32, equal to `flow.decode` up to rounding.
+
+    Raises:
+        ValueError: an option of a block that this loop lacks.
+    """
+    c = flow.config
+    strength = Guidance(guidance, guide, anneal, attn_temp)
+    x = z * flow.var.sqrt() if c.shift_only else z
+    for block in reversed(flow.blocks):
+        if block.config.scale not in SCALES:
+            raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {block.config.scale!r}")
+        if block.config.layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {block.config.layout!r}")
+        x = _decode_block(block, x, y, context, strength)
+    return unpatchify(x, c.patch_size)
+
+
+def _decode_block(block: Block, z: Tensor, y: Tensor | None, context: Tensor | None, guidance: Guidance) -> Tensor:
+    c, batch = block.config, z.shape[0]
+    guided = guidance.scale > 0
+    if c.flip:
+        z = z.flip(1)
+    positions = [
+        t.flip(0) if c.flip and t is not None else t for t in (block.pos_embed, block.rope_cos, block.rope_sin)
+    ]
+    # rows [conditional | unconditional]; the temperature of the second half divides its queries
+    classes = None
+    if block.class_embed is not None:
+        classes = class_rows(block.class_embed, y, batch)
+        if guided:
+            classes = torch.cat([classes, class_rows(block.class_embed, None, batch)])
+    prefix = block.project_context(context, batch)
+    if prefix is not None and guided:
+        prefix = torch.cat([prefix, block.null_context.expand(batch, prefix.shape[1], -1)])
+    temperature = torch.ones(2 * batch if guided else batch, 1, 1, 1)
+    temperature[batch:] = guidance.attn_temp
+
+    caches: list[tuple[Tensor, Tensor] | None] = [None] * len(block.layers)
+    start = [t for t in (classes if c.class_tokens else None, prefix) if t is not None]
+    if start:
+        _run_layers(block, torch.cat(start, dim=1), caches, None, temperature)
+
+    x = [] if c.start_token else [z[:, :1]]  # without a start token the first token has parameters 0
+    if not c.start_token and not c.shift_only:
+        x = [_affine(block, z[:, :1], z.new_zeros(batch, 1, 2 * c.channels))]
+    while len(x) < c.tokens:
+        n = len(x) if c.start_token else len(x) - 1  # where the network reads
+        token = block.start_token.expand(batch, 1, -1) if c.start_token and n == 0 else x[-1]
+        h = block.proj_in(token)
+        if positions[0] is not None:
+            h = h + positions[0][n]
+        if guided:
+            h = torch.cat([h, h])
+        if classes is not None and not c.class_tokens:
+            h = h + classes
+        rope = (positions[1][n : n + 1], positions[2][n : n + 1]) if c.rope else None
+        raw = block.proj_out(_run_layers(block, h, caches, rope, temperature))
+        if guided:
+            raw, other = raw.chunk(2)
+            weight = guidance.scale * (len(x) / max(c.tokens - 1, 1) if guidance.anneal else 1.0)
+            delta = weight * (raw - other)
+            if not c.shift_only:
+                delta_a, delta_b = delta.chunk(2, dim=-1)
+                delta = torch.cat([delta_a * ("a" in guidance.guide), delta_b * ("b" in guidance.guide)], dim=-1)
+            elif "b" not in guidance.guide:
+                delta = torch.zeros_like(delta)
+            raw = raw + delta
+        x.append(_affine(block, z[:, len(x) : len(x) + 1], raw))
+    result = torch.cat(x, dim=1)
+    return result.flip(1) if c.flip else result
+
+
+def _run_layers(
+    block: Block, h: Tensor, caches: list, rope: tuple[Tensor, Tensor] | None, temperature: Tensor
+) -> Tensor:
+    """h (B,N,C), new tokens, through all layers; appends their keys and values. N > 1 is the prefix, causal."""
+    for i, layer in enumerate(block.layers):
+        q, k, v = _heads(layer, h)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if caches[i] is not None:
+            k, v = torch.cat([caches[i][0], k], dim=2), torch.cat([caches[i][1], v], dim=2)
+        caches[i] = (k, v)
+        o = F.scaled_dot_product_attention(q / temperature, k, v, is_causal=h.shape[1] > 1, scale=layer.head_dim**-0.5)
+        h = h + layer.proj(o.transpose(1, 2).flatten(2))
+        m = layer.fc1(layer.norm2(h))
+        if layer.gate == "swiglu":
+            a, b = m.chunk(2, dim=-1)
+            m = F.silu(a) * b
+        else:
+            m = F.gelu(m)
+        h = h + layer.fc2(m)
+    return h
+
+
+def _heads(layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = layer.qkv(layer.norm1(h)).unflatten(-1, (3, -1, layer.head_dim)).permute(2, 0, 3, 1, 4)
+    return (q, k, v) if layer.q_norm is None else (layer.q_norm(q), layer.k_norm(k), v)
+
+
+def _affine(block: Block, z: Tensor, raw: Tensor) -> Tensor:
+    """x = z sigma + b of one token, (B,1,D), from raw parameters (B,1,2D) or (B,1,D)."""
+    c = block.config
+    if c.clip is not None:
+        kind, limit = c.clip
+
+        def clip(t: Tensor) -> Tensor:
+            return t.clamp(-limit, limit) if kind == "hard" else limit * (t / limit).tanh()
+    else:
+
+        def clip(t: Tensor) -> Tensor:
+            return t
+
+    if c.shift_only:
+        return z + clip(raw)
+    a, b = raw.chunk(2, dim=-1)
+    a, b = clip(a), clip(b) if c.clip_on == "both" else b
+    if c.scale == "exp":
+        sigma = a.exp()
+    elif c.scale == "softplus":
+        sigma = F.softplus(a + 0.541324854612918)
+    else:
+        sigma = torch.sigmoid(a + 2) + 1e-3
+    return z * sigma + b

@@ -1,0 +1,308 @@
+"""How good a flow and its learned inverse are: numbers on held-out data and on samples, all plain floats."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from biflow.data import ImageData
+from biflow.evaluate.classifier import FEATURES, Judge, train_judge
+from biflow.evaluate.frechet import frechet_distance
+from biflow.models import BiFlow, TarFlow
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What an evaluation costs.
+
+    samples: images drawn per way of decoding and guidance, their classes in equal shares.
+    guidances: guidance strengths; those above a learned inverse's max_guidance are left out for it.
+    noise_draws: draws of the dequantisation noise that the bits per dim are averaged over.
+    judge_steps: optimizer steps of the classifier that judges the samples.
+    train_images, held_out_images: real images used at most of either split, evenly spaced.
+    batch_size: images decoded at once.
+    seed: of z, of the noise and of the classifier.
+    """
+
+    samples: int = 500
+    guidances: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0)
+    noise_draws: int = 4
+    judge_steps: int = 200
+    train_images: int = 10_000
+    held_out_images: int = 1000
+    batch_size: int = 250
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("samples", "noise_draws", "judge_steps", "train_images", "held_out_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.guidances or min(self.guidances) < 0:
+            raise ValueError(f"guidances: expected at least one number >= 0, got {self.guidances}")
+
+
+@dataclass(frozen=True)
+class RealData:
+    """Clean real images of both splits, their labels (None: no labels), and the classifier trained on them."""
+
+    train_x: Tensor
+    train_y: Tensor | None
+    val_x: Tensor
+    val_y: Tensor | None
+    num_classes: int
+    bin_width: float | None
+    judge: Judge | None
+
+    @classmethod
+    def of(cls, data: ImageData, config: EvaluationConfig) -> "RealData":
+        """Both splits of `data` as tensors; trains the classifier if there are labels. ValueError: nothing held out."""
+        if len(data.val_x) == 0:
+            raise ValueError("data: expected held-out images to evaluate on, got none (val_fraction or a test split)")
+        train, val = _spread(len(data.train_x), config.train_images), _spread(len(data.val_x), config.held_out_images)
+        train_x, val_x = data.train_x.batch(train), data.val_x.batch(val)
+        train_y = None if data.train_y is None else data.train_y[train]
+        val_y = None if data.val_y is None else data.val_y[val]
+        judge = None
+        if train_y is not None and val_y is not None and data.num_classes > 1:
+            judge = train_judge(
+                train_x, train_y, val_x, val_y, data.num_classes, steps=config.judge_steps, seed=config.seed
+            )
+        return cls(train_x, train_y, val_x, val_y, data.num_classes, data.bin_width, judge)
+
+    def dequantised(self, generator: torch.Generator) -> Tensor:
+        """val_x + bin_width U(-1/2, 1/2); data without bins as it is."""
+        if self.bin_width is None:
+            return self.val_x
+        return self.val_x + self.bin_width * (torch.rand(self.val_x.shape, generator=generator) - 0.5)
+
+
+def describe_data(real: RealData) -> dict:
+    """The real data and its classifier: what the samples' numbers are read against.
+
+    frechet_held_out: Frechet distance between the real held-out and the real training images, the level that finite
+    numbers of real images reach (None: too few, or no labels).
+    """
+    return {
+        "train_images": len(real.train_x),
+        "held_out_images": len(real.val_x),
+        "num_classes": real.num_classes,
+        "bin_width": real.bin_width,
+        "pixel_mean": _mean(real.train_x),
+        "pixel_std": _std(real.train_x),
+        "classifier_held_out_accuracy": real.judge.held_out_accuracy if real.judge else None,
+        "frechet_held_out": _frechet(real, real.val_x),
+    }
+
+
+def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> dict:
+    """The forward model and its exact inverse.
+
+    Returns:
+        held_out_nats_per_dim: mean of -log p(x | y) / (T D) over the held-out images and `noise_draws` draws of
+            x + bin_width U(-1/2, 1/2), labels given to a model with classes.
+        held_out_bits_per_dim: the same as `TarFlow.bits_per_dim`; None for data without bins. An upper bound on the
+            bits that the discrete pixels need (Theis et al. 2016, arXiv 1511.01844), also for a model trained with
+            Gaussian noise (noise_std > 0): its density is that of data convolved with N(0, noise_std^2), so the bound
+            is the looser the more noise_std exceeds the bin width.
+        noise_draws, noise_std: as configured.
+        round_trip_max_error: max |decode(encode(x)) - x| over the dequantised held-out images, without guidance.
+        sample_residual_max: largest certificate (`DecodeInfo.residual`) over decoded samples at the largest guidance.
+        samples: a list with one entry per guidance, see `describe_samples`.
+    """
+    y = _labels(flow, real.val_y)
+    generator = torch.Generator().manual_seed(config.seed)
+    nats, error = [], 0.0
+    for draw in range(config.noise_draws):
+        x = real.dequantised(generator)
+        for rows in _parts(len(x), config.batch_size):
+            part_y = None if y is None else y[rows]
+            with torch.no_grad():
+                nats.append(-flow.log_prob(x[rows], part_y).double() / x[0].numel())
+                if draw == 0:
+                    back = flow.decode(flow.encode(x[rows], part_y)[0], part_y)
+                    error = max(error, float((back - x[rows]).abs().max()))
+    z, sample_y = noise(flow, config)
+    few = slice(0, 50)
+    _, info = flow.decode(
+        z[few], None if sample_y is None else sample_y[few], guidance=_usable(flow, config)[-1], return_info=True
+    )
+    mean = float(torch.cat(nats).mean())
+    bits = None if real.bin_width is None else mean / math.log(2) - math.log2(real.bin_width)
+    return {
+        "held_out_bits_per_dim": bits,
+        "held_out_nats_per_dim": mean,
+        "noise_draws": config.noise_draws,
+        "noise_std": flow.config.noise_std,
+        "round_trip_max_error": error,
+        "sample_residual_max": number(info.residual.max()),
+        "samples": [
+            describe_samples(decode_exact(flow, z, sample_y, guidance, config), sample_y, real, guidance)
+            for guidance in _usable(flow, config)
+        ],
+    }
+
+
+def evaluate_inverse(rev: BiFlow, flow: TarFlow, real: RealData, config: EvaluationConfig) -> dict:
+    """The learned inverse, on the same z as `evaluate_flow`.
+
+    Returns:
+        reconstruction_mse: mean (rev(z) - x)^2 over held-out images x, z = flow.encode(x + noise) with the noise that
+            the flow was trained with, labels given, no guidance.
+        samples: one entry per guidance, see `describe_samples`, with distance_to_exact: root mean square difference
+            between learned and exact output, both clean, from the same z, class and guidance.
+    """
+    check_pair(rev, flow)
+    y = real.val_y
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    std = flow.config.noise_std
+    noisy = (
+        real.val_x + std * torch.randn(real.val_x.shape, generator=generator) if std else real.dequantised(generator)
+    )
+    squares = []
+    for rows in _parts(len(real.val_x), config.batch_size):
+        clean, part_y = real.val_x[rows], None if y is None else y[rows]
+        with torch.no_grad():
+            z, _ = flow.encode(noisy[rows], _labels(flow, part_y) if rev.config.num_classes else None)
+        squares.append((rev.decode(z, _labels(rev, part_y)) - clean).double().square().flatten(1).mean(1))
+    z, sample_y = noise(flow, config)
+    samples = []
+    for guidance in _usable(rev, config):
+        images = decode_learned(rev, z, sample_y, guidance, config)
+        entry = describe_samples(images, sample_y, real, guidance)
+        exact = decode_exact(flow, z, sample_y, guidance, config)
+        ok = _finite_rows(exact)
+        entry["distance_to_exact"] = number((images[ok] - exact[ok]).double().square().mean().sqrt())
+        samples.append(entry)
+    return {"reconstruction_mse": float(torch.cat(squares).mean()), "samples": samples}
+
+
+def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance: float) -> dict:
+    """Numbers of one set of samples (N,C,H,W) drawn for the classes y (N,).
+
+    non_finite: samples with NaN or infinite pixels; they agree with no class, the other numbers leave them out.
+    frechet: `frechet_distance` between the classifier's features of samples and of real training images.
+    class_agreement: share of samples that the classifier recognises as the class they were drawn for.
+    pixel_mean_difference, pixel_std_difference: mean / real mean - 1 and std / real std - 1, over all pixels in [-1, 1]
+        of all images. The first is large for data whose mean is near the middle gray, 0.
+    """
+    count, ok = len(images), _finite_rows(images)
+    images = images[ok]
+    agreement = None
+    if real.judge and y is not None:
+        agreement = float((real.judge.predict(images) == y[ok]).double().sum() / count)
+    mean, std = _mean(images), _std(images)
+    return {
+        "guidance": guidance,
+        "count": count,
+        "non_finite": count - len(images),
+        "class_agreement": agreement,
+        "frechet": _frechet(real, images),
+        "pixel_mean": mean,
+        "pixel_mean_difference": _relative(mean, _mean(real.train_x)),
+        "pixel_std": std,
+        "pixel_std_difference": _relative(std, _std(real.train_x)),
+    }
+
+
+def noise(model: TarFlow | BiFlow, config: EvaluationConfig) -> tuple[Tensor, Tensor | None]:
+    """z (samples,T,D) ~ N(0, I) and the classes (samples,) in equal shares, the same for every model of that shape."""
+    c = model.config
+    generator = torch.Generator().manual_seed(config.seed)
+    z = torch.randn(config.samples, c.tokens, c.channels, generator=generator)
+    return z, torch.arange(config.samples) % c.num_classes if c.num_classes else None
+
+
+def decode_exact(flow: TarFlow, z: Tensor, y: Tensor | None, guidance: float, config: EvaluationConfig) -> Tensor:
+    """Exact, guided, and clean: decode, then one score step if the flow was trained with noise.
+
+    A sample that strong guidance drove to overflow stays NaN or infinite.
+    """
+
+    def decode(z: Tensor, y: Tensor | None) -> Tensor:
+        y = _labels(flow, y)
+        x = flow.decode(z, y, guidance=guidance if flow.config.num_classes else 0.0)
+        if flow.config.noise_std > 0:
+            ok = _finite_rows(x)
+            x[ok] = flow.denoise(x[ok], None if y is None else y[ok])
+        return x
+
+    return _batched(decode, z, y, config.batch_size)
+
+
+def decode_learned(rev: BiFlow, z: Tensor, y: Tensor | None, guidance: float, config: EvaluationConfig) -> Tensor:
+    """Learned, guided, and clean: one pass."""
+    return _batched(lambda z, y: rev.decode(z, _labels(rev, y), guidance=guidance), z, y, config.batch_size)
+
+
+def check_pair(rev: BiFlow, flow: TarFlow) -> None:
+    """ValueError unless `rev` inverts a flow of the shape of `flow`."""
+    for name in ("img_size", "in_channels", "patch_size", "num_blocks", "num_classes"):
+        have, want = getattr(rev.config, name), getattr(flow.config, name)
+        if have != want and not (name == "num_classes" and 0 in (have, want)):  # either may do without classes
+            raise ValueError(f"the learned inverse does not belong to this flow: expected {name} {want}, got {have}")
+
+
+def check_data(model: TarFlow | BiFlow, data: ImageData) -> None:
+    """ValueError unless the images and classes of `data` fit the model."""
+    c = model.config
+    for name, want, have in (
+        ("channels", c.in_channels, data.channels),
+        ("img_size", c.img_size, data.img_size),
+    ):
+        if want != have:
+            raise ValueError(f"data: expected {name} {want} as the model has, got {have}")
+    if c.num_classes and data.num_classes > c.num_classes:
+        raise ValueError(f"data: expected at most {c.num_classes} classes as the model has, got {data.num_classes}")
+
+
+def _usable(model: TarFlow | BiFlow, config: EvaluationConfig) -> list[float]:
+    if not model.config.num_classes:
+        return [0.0]
+    limit = getattr(model.config, "max_guidance", 0.0) or math.inf
+    return [g for g in config.guidances if g <= limit] or [0.0]
+
+
+def _labels(model: TarFlow | BiFlow, y: Tensor | None) -> Tensor | None:
+    return y if model.config.num_classes else None
+
+
+def _spread(count: int, limit: int) -> Tensor:
+    """At most `limit` of the indices 0..count-1, evenly spaced."""
+    return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
+
+
+def _batched(call: Callable, z: Tensor, y: Tensor | None, size: int) -> Tensor:
+    return torch.cat([call(z[rows], None if y is None else y[rows]) for rows in _parts(len(z), size)])
+
+
+def _parts(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _frechet(real: RealData, images: Tensor) -> float | None:
+    if real.judge is None or min(len(images), len(real.train_x)) <= FEATURES:
+        return None
+    return frechet_distance(real.judge.features(images), real.judge.features(real.train_x))
+
+
+def number(value: Tensor) -> float | None:
+    """A scalar for a report; None (null in JSON) if it is NaN or infinite."""
+    return float(value) if bool(torch.isfinite(value)) else None
+
+
+def _relative(value: float | None, real: float) -> float | None:
+    return value / real - 1 if value is not None and real else None
+
+
+def _finite_rows(images: Tensor) -> Tensor:
+    return torch.isfinite(images).flatten(1).all(1)
+
+
+def _mean(images: Tensor) -> float | None:
+    return number(images.double().mean()) if len(images) else None
+
+
+def _std(images: Tensor) -> float | None:
+    return number(images.double().std()) if len(images) else None

@@ -1,0 +1,183 @@
+"""One block of a TarFlow: a causal transformer that writes the affine parameters of each token."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from biflow import ops, solvers
+from biflow.models.layers import Layer, class_rows, rope_tables
+from biflow.ops import BlockConfig
+
+
+class Block(nn.Module):
+    """One flow block: a causal transformer that writes the affine parameters of each token from the tokens before it.
+
+    `params`, `affine`, `forward` and `guided_encode` work in block order: `TarFlow` turns the tokens (B,T,D) around
+    between blocks, the smallest tensor there is, so that attention is causal in memory order. `decode_sequential` and
+    `residual` take and return data order.
+
+    Args:
+        config: see `ops.BlockConfig`; the state_dict (with the rotary tables) is what `ops.pack_block` takes.
+        context_dim: channels of the context tokens, projected to width before the sequence; 0: none.
+    """
+
+    def __init__(self, config: BlockConfig, context_dim: int = 0):
+        super().__init__()
+        self.config = config
+        c, side = config, math.isqrt(config.tokens)
+        self.proj_in = nn.Linear(c.channels, c.width)
+        self.pos_embed = nn.Parameter(1e-2 * torch.randn(c.tokens, c.width)) if c.pos_embed else None
+        self.class_embed = (
+            nn.Parameter(1e-2 * torch.randn(c.num_classes, max(c.class_tokens, 1), c.width)) if c.num_classes else None
+        )
+        self.start_token = nn.Parameter(torch.randn(c.channels)) if c.start_token else None
+        self.context_proj = nn.Linear(context_dim, c.width) if context_dim else None
+        self.null_context = nn.Parameter(1e-2 * torch.randn(1, c.width)) if context_dim else None
+        rope = rope_tables(side, c.head_dim) if c.rope else (None, None)
+        self.register_buffer("rope_cos", rope[0], persistent=False)
+        self.register_buffer("rope_sin", rope[1], persistent=False)
+        self.layers = nn.ModuleList(
+            Layer(c.width, c.head_dim, c.mlp_hidden, c.norm, c.gate, c.qk_norm) for _ in range(c.layers)
+        )
+        self.proj_out = nn.Linear(c.width, c.channels if c.shift_only else 2 * c.channels)
+        nn.init.zeros_(self.proj_out.weight)  # the flow starts as the identity
+        nn.init.zeros_(self.proj_out.bias)
+        self._packed: tuple | None = None  # key, packed weights, and the tensors they were packed from
+
+    @property
+    def causal(self) -> bool:
+        """Whether the affine op shifts the parameters by one token (no start token)."""
+        return not self.config.start_token
+
+    def project_context(self, context: Tensor | None, batch: int) -> Tensor | None:
+        """Context (B,S,context_dim) -> prefix tokens (B,S,C); None -> the learned null token (B,1,C).
+
+        None for a block without context.
+        """
+        if self.context_proj is None:
+            return None
+        return self.null_context.expand(batch, 1, -1) if context is None else self.context_proj(context)
+
+    def params(
+        self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, attn_temp: float = 1.0
+    ) -> Tensor:
+        """The parallel pass: x (B,T,D) in block order -> raw parameters (B,T,2D) as the network writes them.
+
+        (B,T,D) if shift_only. context: prefix tokens at width C, from `project_context`. Row n holds the parameters of
+        token n + 1 (shift) or n (start token).
+        """
+        c, batch = self.config, x.shape[0]
+        if self.start_token is not None:
+            x = torch.cat([self.start_token.expand(batch, 1, -1), x[:, :-1]], dim=1)
+        h = self.proj_in(x).to(x.dtype)  # under autocast the residual stream stays in x's dtype
+        if self.pos_embed is not None:
+            h = h + (self.pos_embed.flip(0) if c.flip else self.pos_embed)
+        prefix = []
+        if self.class_embed is not None:
+            rows = class_rows(self.class_embed, y, batch)
+            if c.class_tokens:
+                prefix.append(rows)
+            else:
+                h = h + rows
+        if context is not None:
+            prefix.append(context)
+        length = sum(p.shape[1] for p in prefix)
+        if prefix:
+            h = torch.cat([*[p.to(h.dtype) for p in prefix], h], dim=1)
+        rope = None
+        if c.rope:
+            rope = (self.rope_cos.flip(0), self.rope_sin.flip(0)) if c.flip else (self.rope_cos, self.rope_sin)
+        for layer in self.layers:
+            h = layer(h, rope, causal=True, prefix=length, attn_temp=attn_temp)
+        return self.proj_out(h[:, length:])
+
+    def affine(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B,T,D) in x's dtype and logdet (B,) of x under raw parameters, both in block order."""
+        c = self.config
+        if c.shift_only:
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            shift = raw.to(wide)
+            if c.clip is not None:
+                kind, bound = c.clip
+                shift = shift.clamp(-bound, bound) if kind == "hard" else bound * (shift / bound).tanh()
+            if self.causal:
+                shift = torch.cat([torch.zeros_like(shift[:, :1]), shift[:, :-1]], dim=1)
+            return (x - shift).to(x.dtype), x.new_zeros(x.shape[0], dtype=wide)
+        return ops.affine_encode(
+            x, raw, layout=c.layout, scale=c.scale, clip=c.clip, clip_on=c.clip_on, causal=self.causal
+        )
+
+    def forward(self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """encode: x (B,T,D) in block order -> z (B,T,D), logdet (B,). context as the user gave it."""
+        return self.affine(x, self.params(x, y, self.project_context(context, x.shape[0])))
+
+    def guided_encode(
+        self, x: Tensor, y: Tensor | None, context: Tensor | None, guidance: solvers.Guidance
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` with the parameters that a guided decode uses; x in block order."""
+        c, batch = self.config, x.shape[0]
+        prefix = self.project_context(context, batch)
+        raw = self.params(x, y, prefix)
+        if guidance.scale > 0:
+            null = None if prefix is None else self.null_context.expand(batch, prefix.shape[1], -1)
+            other = self.params(x, None, null, attn_temp=guidance.attn_temp)
+            weight = torch.full((c.tokens, 1), guidance.scale, dtype=raw.dtype, device=raw.device)
+            if guidance.anneal:  # row n makes token n + 1 where the parameters shift
+                index = torch.arange(c.tokens, dtype=raw.dtype, device=raw.device)[:, None]
+                weight = weight * (index + (1 if self.causal else 0)) / max(c.tokens - 1, 1)
+            halves = raw.new_tensor([("a" in guidance.guide), ("b" in guidance.guide)])
+            halves = halves[1:] if c.shift_only else halves
+            raw = raw + weight * halves.repeat_interleave(c.channels) * (raw - other)
+        return self.affine(x, raw)
+
+    def packed(self) -> ops.BlockWeights:
+        """The weights as `ops.decode_block` reads them; packed again when they changed or were replaced."""
+        weights = {
+            k: v.detach() for k, v in self.named_parameters() if not k.startswith(("context_proj", "null_context"))
+        }
+        weights |= dict(self.named_buffers())
+        tensors = list(weights.values())
+        key = ops.weights_key(tensors)
+        if self._packed is None or self._packed[0] != key:
+            # the tensors are kept so that no other weights can take their addresses, and with them their key
+            self._packed = (key, ops.pack_block(weights, self.config), tensors)
+        return self._packed[1]
+
+    @property
+    def sequential_passes(self) -> int:
+        """Network evaluations of `decode_sequential`: without a start token the first token stays as it is."""
+        return self.config.tokens - (0 if self.config.start_token else 1)
+
+    def decode_sequential(
+        self, z: Tensor, y: Tensor | None, context: Tensor | None, guidance: solvers.Guidance
+    ) -> Tensor:
+        """The exact inverse, token by token: z (B,T,D) in data order -> x (B,T,D) in data order."""
+        prefix = self.project_context(context, z.shape[0])
+        return ops.decode_block(
+            z,
+            self.packed(),
+            self.config,
+            y=y,
+            context=prefix,
+            null_context=None if prefix is None else self.null_context.expand(prefix.shape[1], -1),
+            guidance=guidance.scale,
+            guide=guidance.guide,
+            anneal=guidance.anneal,
+            attn_temp=guidance.attn_temp,
+        )
+
+    def residual(
+        self, x: Tensor, z: Tensor, y: Tensor | None, context: Tensor | None, guidance: solvers.Guidance
+    ) -> Tensor:
+        """max |G(x) - z| over tokens and channels, (B,): how far x is from the inverse of z. Both in data order."""
+        if self.config.flip:
+            x, z = x.flip(1), z.flip(1)
+        return (self.guided_encode(x, y, context, guidance)[0] - z).abs().flatten(1).amax(1)
+
+    def _apply(self, fn, recurse=True):  # .to(), .cuda(), .double(): do not keep the old weights alive
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):  # packed weights are a cache: not copied, not saved
+        return {**self.__dict__, "_packed": None}

@@ -1,0 +1,238 @@
+"""What both transformers share: the layer, its norms and gates, rotary tables, patches, class tables, input checks."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from biflow import ops
+from biflow.config import check_number
+
+NORM_EPS = {"layernorm": 1e-5, "rmsnorm": 1e-6}
+ROPE_THETA = 1e4
+
+
+class Norm(nn.Module):
+    """LayerNorm (weight, bias; eps 1e-5) or RMSNorm (weight; eps 1e-6) over the last dimension.
+
+    x (..., width) any float dtype -> the same shape and dtype; computed in fp32 (fp64 for fp64).
+    """
+
+    def __init__(self, kind: str, width: int):
+        super().__init__()
+        if kind not in NORM_EPS:
+            raise ValueError(f"norm: expected one of {', '.join(NORM_EPS)}, got {kind!r}")
+        self.eps = NORM_EPS[kind]
+        self.weight = nn.Parameter(torch.ones(width))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        weight = self.weight.to(wide.dtype)
+        if self.bias is not None:
+            return F.layer_norm(wide, wide.shape[-1:], weight, self.bias.to(wide.dtype), self.eps).to(x.dtype)
+        return F.rms_norm(wide, wide.shape[-1:], weight, self.eps).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: h + proj(attention(norm1 h)), then h + fc2(gate(fc1(norm2 h))).
+
+    Args:
+        width, head_dim: C and d; width must be a multiple of head_dim.
+        mlp_hidden: F, the hidden width of the MLP.
+        norm: "layernorm" | "rmsnorm".
+        gate: "gelu" (exact) | "swiglu" (silu(first half) * second half; fc1 writes 2F).
+        qk_norm: RMSNorm over each head's channels of q and k, before the rotary embedding.
+    """
+
+    def __init__(self, width: int, head_dim: int, mlp_hidden: int, norm: str, gate: str, qk_norm: bool):
+        super().__init__()
+        self.heads = width // head_dim
+        self.head_dim = head_dim
+        self.gate = gate
+        self.norm1 = Norm(norm, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = Norm("rmsnorm", head_dim) if qk_norm else None
+        self.k_norm = Norm("rmsnorm", head_dim) if qk_norm else None
+        self.proj = nn.Linear(width, width)
+        self.norm2 = Norm(norm, width)
+        self.fc1 = nn.Linear(width, 2 * mlp_hidden if gate == "swiglu" else mlp_hidden)
+        self.fc2 = nn.Linear(mlp_hidden, width)
+
+    def forward(
+        self, h: Tensor, rope: tuple[Tensor, Tensor] | None, *, causal: bool, prefix: int = 0, attn_temp: float = 1.0
+    ) -> Tensor:
+        """h (B,N,C) -> (B,N,C) in h's dtype.
+
+        rope: tables (N - prefix, d/2), or None; the first `prefix` tokens are not rotated. attn_temp divides the
+        attention logits.
+        """
+        batch, length, width = h.shape
+        q, k, v = self.qkv(self.norm1(h)).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope, prefix), apply_rope(k, *rope, prefix)
+        o = ops.attention(q, k, v, causal=causal, scale=self.head_dim**-0.5 / attn_temp)
+        h = h + self.proj(o.transpose(1, 2).reshape(batch, length, width))
+        m = self.fc1(self.norm2(h))
+        if self.gate == "swiglu":
+            a, b = m.chunk(2, dim=-1)
+            m = F.silu(a) * b
+        else:
+            m = F.gelu(m)
+        return h + self.fc2(m)
+
+
+def mlp_width(ratio: float, width: int) -> int:
+    """Hidden width of the MLP: ratio * width rounded to a multiple of 8, which vector loads divide; at least 8."""
+    return max(8 * round(ratio * width / 8), 8)
+
+
+def check_size(name: str, value: int, least: int = 1) -> None:
+    """ValueError unless least <= value < 2^24: products of two sizes stay far from the limits of 64-bit counts."""
+    if value < least:
+        raise ValueError(f"{name}: expected {'at least 1' if least else '0 or more'}, got {value}")
+    if value >= 2**24:
+        raise ValueError(f"{name}: expected less than 2^24, got {value}")
+
+
+def check_grid(img_size: int, in_channels: int, patch_size: int) -> None:
+    """Raises ValueError unless images (in_channels, img_size, img_size) split into patches."""
+    for name, value in (("img_size", img_size), ("in_channels", in_channels), ("patch_size", patch_size)):
+        check_size(name, value)
+    if img_size % patch_size:
+        raise ValueError(f"img_size: expected a multiple of patch_size {patch_size}, got {img_size}")
+    check_size("(img_size / patch_size)^2", (img_size // patch_size) ** 2)
+    check_size("in_channels patch_size^2", in_channels * patch_size**2)
+
+
+def check_transformer(width: int, head_dim: int, mlp_ratio: float, norm: str, gate: str) -> None:
+    """Raises ValueError on a width, head_dim, mlp_ratio, norm or gate that `Layer` does not take."""
+    check_size("width", width)
+    check_size("head_dim", head_dim)
+    if width % head_dim:
+        raise ValueError(f"width: expected a multiple of head_dim {head_dim}, got {width}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim: expected an even number, got {head_dim}")
+    check_number("mlp_ratio", mlp_ratio, above=0)
+    check_size("mlp_ratio * width", mlp_width(mlp_ratio, width))
+    if norm not in NORM_EPS:
+        raise ValueError(f"norm: expected one of {', '.join(NORM_EPS)}, got {norm!r}")
+    if gate not in ("gelu", "swiglu"):
+        raise ValueError(f"gate: expected 'gelu' or 'swiglu', got {gate!r}")
+
+
+def rope_tables(side: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (side * side, head_dim / 2): axial rotary angles of a square token grid, row-major.
+
+    The first half of the channel pairs turns with the row, the rest with the column; frequencies theta^(-i/n), theta
+    = 1e4, n pairs an axis (RoFormer, arXiv 2104.09864; axial form as in STARFlow, arXiv 2506.06276).
+    """
+    pairs = head_dim // 2
+    by_row = (pairs + 1) // 2
+    position = torch.arange(side, dtype=torch.float64)
+
+    def angles(n: int) -> Tensor:
+        return position[:, None] * ROPE_THETA ** (-torch.arange(n, dtype=torch.float64) / max(n, 1))
+
+    rows = angles(by_row)[:, None, :].expand(side, side, by_row)
+    columns = angles(pairs - by_row)[None, :, :].expand(side, side, pairs - by_row)
+    angle = torch.cat([rows, columns], dim=-1).reshape(side * side, pairs)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, prefix: int = 0) -> Tensor:
+    """Rotate channel pairs (2i, 2i+1) of x (B,H,N,d) by the tables (N - prefix, d/2); computed in the tables' dtype."""
+    head, tail = x[:, :, :prefix], x[:, :, prefix:]
+    even, odd = tail[..., 0::2], tail[..., 1::2]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    return torch.cat([head, turned], dim=2) if prefix else turned
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Images (B,C,H,W) -> tokens (B, (H/P)(W/P), C P^2); features ordered (channel, row, column), tokens row-major.
+
+    Square images; H = W a multiple of P.
+    """
+    batch, channels, side = x.shape[0], x.shape[1], x.shape[2] // patch
+    grid = x.reshape(batch, channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
+    return grid.reshape(batch, side * side, channels * patch**2)
+
+
+def unpatchify(tokens: Tensor, patch: int) -> Tensor:
+    """The inverse of `patchify` for square images."""
+    batch, length, width = tokens.shape
+    side, channels = math.isqrt(length), width // patch**2
+    grid = tokens.reshape(batch, side, side, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(batch, channels, side * patch, side * patch)
+
+
+def class_rows(table: Tensor, y: Tensor | None, batch: int) -> Tensor:
+    """Rows (batch, K, C) of a class table (N, K, C); y (B,) int64, negative or None: the mean over classes."""
+    mean = table.mean(dim=0, keepdim=True)
+    if y is None:
+        return mean.expand(batch, -1, -1)
+    return torch.where((y < 0).view(-1, 1, 1), mean, table[y.clamp_min(0)])
+
+
+# --- checks at the models' entry points. Those of values are skipped while torch.compile traces: they break the graph.
+
+
+def check_count(name: str, n: int) -> None:
+    """n: an int, 0 or more."""
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"{name}: expected an int, got {type(n).__name__} {n!r}")
+    if n < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {n}")
+
+
+def check_labels(y: Tensor | None, num_classes: int, batch: int, device: torch.device) -> None:
+    """y: None, or (batch,) int64 on `device` with values in [-1, num_classes)."""
+    if y is None:
+        return
+    if num_classes == 0:
+        raise ValueError("y: expected None for a model without classes (num_classes=0), got labels")
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise TypeError(f"y: expected an int64 tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+    if y.shape != (batch,):
+        raise ValueError(f"y: expected shape ({batch},), got {tuple(y.shape)}")
+    if y.device != device:
+        raise ValueError(f"y: expected a tensor on {device}, got one on {y.device}")
+    if torch.compiler.is_compiling() or batch == 0:
+        return
+    low, high = int(y.min()), int(y.max())
+    if low < -1 or high >= num_classes:
+        raise ValueError(
+            f"y: expected labels in [0, {num_classes}) or -1 (unconditional), got values in [{low}, {high}]"
+        )
+
+
+def check_floats(name: str, x: Tensor, shape: tuple[int | None, ...], weight: Tensor) -> None:
+    """x: a finite floating-point tensor of the given shape (None: any size), of the model's dtype and device.
+
+    weight: a parameter of the model. Under autocast x may have any dtype but float64.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+    if x.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
+        want = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"{name}: expected a tensor on {weight.device}, where the model is; got one on {x.device}")
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    if x.dtype != weight.dtype and not autocast:
+        raise TypeError(f"{name}: expected {weight.dtype}, the model's dtype; got {x.dtype}")
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"{name}: expected finite values, got {bad} NaN or infinite of {x.numel()}")
+
+
+def check_decoding(precision: str, available: tuple[str, ...], weight: Tensor) -> None:
+    """The precision is one of those available, and the model (by one of its parameters) is fp32."""
+    if precision not in available:
+        raise ValueError(f"precision: expected one of {', '.join(available)}, got {precision!r}")
+    if weight.dtype != torch.float32:
+        raise TypeError(f"decode: expected a model of torch.float32 weights, got {weight.dtype}; convert by .float()")

@@ -1,0 +1,248 @@
+"""BiFlow's learned inverse: a bidirectional transformer that maps noise to clean data in one pass.
+
+Source: BiFlow (arXiv 2512.10953). The layers form one group per flow block of the forward model, in decode order, plus
+one group for denoising. After group k = 1, ..., B a head reads the hidden state and predicts the forward trajectory's
+state x_{B-k}; after the last group, the clean image. The heads of groups 1 to B serve training: sampling skips them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from biflow.config import check_fields, check_number
+from biflow.models.layers import (
+    Layer,
+    Norm,
+    check_count,
+    check_decoding,
+    check_floats,
+    check_grid,
+    check_labels,
+    check_size,
+    check_transformer,
+    class_rows,
+    mlp_width,
+    rope_tables,
+    unpatchify,
+)
+
+PRECISIONS = ("fp32",)
+
+
+@dataclass(frozen=True)
+class BiFlowConfig:
+    """Shape and options of a BiFlow.
+
+    img_size, in_channels, patch_size: as in the forward model's TarFlowConfig.
+    num_blocks: B, flow blocks of the forward model; the reverse has B + 1 groups of layers.
+    layers_per_group, width, head_dim, mlp_ratio: layers in each group; C; d; hidden width of the MLP over C (rounded
+        to a multiple of 8).
+    num_classes, class_tokens: classes (0: none) and in-context tokens per class.
+    max_guidance, guidance_tokens: guidance strengths in [0, max_guidance] are an input of the network, given as
+        in-context tokens, and sampling with guidance is one pass. max_guidance = 0: guidance is not an input; sampling
+        with guidance takes two passes.
+    norm, gate, qk_norm, rope, pos_embed: the layer's variants (models/layers.py).
+    """
+
+    img_size: int
+    in_channels: int = 3
+    patch_size: int = 2
+    num_blocks: int = 4
+    layers_per_group: int = 2
+    width: int = 256
+    head_dim: int = 64
+    mlp_ratio: float = 8 / 3
+    num_classes: int = 0
+    class_tokens: int = 8
+    max_guidance: float = 0.0
+    guidance_tokens: int = 4
+    norm: str = "rmsnorm"
+    gate: str = "swiglu"
+    qk_norm: bool = True
+    rope: bool = True
+    pos_embed: bool = True
+
+    def __post_init__(self):
+        check_fields(self)
+        check_grid(self.img_size, self.in_channels, self.patch_size)
+        for name, least in (("num_blocks", 1), ("layers_per_group", 1), ("num_classes", 0), ("class_tokens", 0)):
+            check_size(name, getattr(self, name), least)
+        check_size("guidance_tokens", self.guidance_tokens, 0)
+        check_transformer(self.width, self.head_dim, self.mlp_ratio, self.norm, self.gate)
+        if self.num_classes and self.class_tokens < 1:
+            raise ValueError(f"class_tokens: expected at least 1 for a model with classes, got {self.class_tokens}")
+        check_number("max_guidance", self.max_guidance, minimum=0)
+        if self.max_guidance and not self.num_classes:
+            raise ValueError("max_guidance: expected 0 without classes (guidance needs a condition)")
+        if self.max_guidance and self.guidance_tokens < 1:
+            raise ValueError(f"guidance_tokens: expected at least 1 with max_guidance, got {self.guidance_tokens}")
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens an image."""
+        return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def channels(self) -> int:
+        """D, channels a token."""
+        return self.in_channels * self.patch_size**2
+
+
+class GuidanceEmbedding(nn.Module):
+    """Guidance strength w (B,) -> in-context tokens (B, K, C): sinusoids of log(1 + w), then a two-layer MLP."""
+
+    FREQUENCIES = 32
+
+    def __init__(self, tokens: int, width: int):
+        super().__init__()
+        self.tokens = tokens
+        self.fc1 = nn.Linear(2 * self.FREQUENCIES, width)
+        self.fc2 = nn.Linear(width, tokens * width)
+        frequency = math.pi * 2.0 ** torch.linspace(-3, 3, self.FREQUENCIES)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, w: Tensor) -> Tensor:
+        angle = torch.log1p(w)[:, None] * self.frequency
+        h = self.fc2(nn.functional.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], dim=1))))
+        return h.unflatten(1, (self.tokens, -1))
+
+
+class BiFlow(nn.Module):
+    """The learned inverse G: z (and a class, and a guidance strength) -> clean image, in one parallel pass."""
+
+    def __init__(self, config: BiFlowConfig):
+        super().__init__()
+        self.config = c = config
+        self.proj_in = nn.Linear(c.channels, c.width)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(c.tokens, c.width)) if c.pos_embed else None
+        self.class_embed = (
+            nn.Parameter(0.02 * torch.randn(c.num_classes, c.class_tokens, c.width)) if c.num_classes else None
+        )
+        # in-context tokens of "no class": a learned row of its own, trained by dropping labels
+        self.null_class = nn.Parameter(0.02 * torch.randn(1, c.class_tokens, c.width)) if c.num_classes else None
+        self.guidance_embed = GuidanceEmbedding(c.guidance_tokens, c.width) if c.max_guidance else None
+        rope = rope_tables(c.img_size // c.patch_size, c.head_dim) if c.rope else (None, None)
+        self.register_buffer("rope_cos", rope[0], persistent=False)
+        self.register_buffer("rope_sin", rope[1], persistent=False)
+        hidden = mlp_width(c.mlp_ratio, c.width)
+        self.groups = nn.ModuleList(
+            nn.ModuleList(
+                Layer(c.width, c.head_dim, hidden, c.norm, c.gate, c.qk_norm) for _ in range(c.layers_per_group)
+            )
+            for _ in range(c.num_blocks + 1)
+        )
+        # heads[k] reads the state after group k: k < B predicts x_{B-1-k}, k = B the clean image
+        self.heads = nn.ModuleList(
+            nn.Sequential(Norm(c.norm, c.width), nn.Linear(c.width, c.channels)) for _ in range(c.num_blocks + 1)
+        )
+        for head in self.heads:
+            nn.init.zeros_(head[1].weight)
+            nn.init.zeros_(head[1].bias)
+
+    def forward(
+        self, z: Tensor, y: Tensor | None = None, w: Tensor | None = None, *, return_states: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """One pass in token space; what training differentiates. Values are not checked here: see `decode`.
+
+        Args:
+            z: (B,T,D) noise.
+            y: labels (B,) int64; -1 or None: no class.
+            w: guidance strength (B,), float >= 0 (0 where y is -1), for a model with max_guidance > 0; None: 0.
+            return_states: also return the heads' predictions of the trajectory.
+
+        Returns:
+            clean tokens (B,T,D); with return_states (clean, [x_0, ..., x_{B-1}] predictions, each (B,T,D), data order).
+        """
+        c, batch = self.config, z.shape[0]
+        h = self.proj_in(z).to(z.dtype)  # under autocast the residual stream stays in z's dtype
+        if self.pos_embed is not None:
+            h = h + self.pos_embed
+        prefix = []
+        if self.class_embed is not None:
+            prefix.append(self._class_tokens(y, batch))
+        if self.guidance_embed is not None:
+            prefix.append(self.guidance_embed(z.new_zeros(batch) if w is None else w))
+        length = sum(p.shape[1] for p in prefix)
+        if prefix:
+            h = torch.cat([*[p.to(h.dtype) for p in prefix], h], dim=1)
+        rope = (self.rope_cos, self.rope_sin) if c.rope else None
+        states = []
+        for group, head in zip(self.groups, self.heads, strict=True):
+            for layer in group:
+                h = layer(h, rope, causal=False, prefix=length)
+            if return_states or head is self.heads[-1]:
+                states.append(head(h[:, length:]))
+        clean = states.pop()
+        return (clean, states[::-1]) if return_states else clean
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, y: Tensor | None = None, *, guidance: float = 0.0, precision: str = "fp32") -> Tensor:
+        """Noise to clean images, in one pass; in two (conditional and not) with guidance > 0 that was not trained in.
+
+        Args:
+            z: (B,T,D) fp32, as `TarFlow.encode` returns it.
+            y: labels (B,) int64; -1 or None: no class; guidance does not act on those.
+            guidance: w in [0, max_guidance] if trained in, any w >= 0 otherwise; 0 means none. Trained in:
+                G(z | y, w). Otherwise G(z | y) + w (G(z | y) - G(z)).
+            precision: "fp32".
+
+        Returns:
+            x (B,C,H,W) fp32, about [-1, 1], not clamped.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape, NaN in z, labels or guidance out of range, unknown precision.
+        """
+        c, weight = self.config, self.proj_in.weight
+        check_decoding(precision, PRECISIONS, weight)
+        with torch.autocast(weight.device.type, enabled=False):  # precision says what is computed, not the surroundings
+            check_floats("z", z, (None, c.tokens, c.channels), weight)
+            check_labels(y, c.num_classes, z.shape[0], weight.device)
+            guidance = check_number("guidance", guidance, minimum=0)
+            if guidance > 0 and not c.num_classes:
+                raise ValueError(f"guidance: expected 0 for a model without classes, got {guidance:g}")
+            if c.max_guidance:
+                if guidance > c.max_guidance:
+                    raise ValueError(f"guidance: expected at most {c.max_guidance:g} (as trained), got {guidance:g}")
+                w = None if y is None else torch.where(y < 0, 0.0, guidance).to(z.dtype)
+                x = self(z, y, w)
+            else:
+                x = self(z, y)
+                if guidance > 0 and y is not None:
+                    x = x + guidance * (x - self(z))
+            return unpatchify(x, c.patch_size)
+
+    def sample(
+        self,
+        n: int,
+        y: Tensor | None = None,
+        *,
+        guidance: float = 0.0,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        precision: str = "fp32",
+    ) -> Tensor:
+        """Draw n images in one pass each: z ~ N(0, temperature^2), then `decode`.
+
+        Args:
+            n: number of images.
+            y, guidance, precision: as in `decode`.
+            temperature: standard deviation of z.
+            generator: source of randomness; z is drawn on its device, or on the model's.
+
+        Returns:
+            (n,C,H,W) fp32, about [-1, 1], not clamped. Works under torch.no_grad() and torch.inference_mode().
+        """
+        c = self.config
+        check_count("n", n)
+        temperature = check_number("temperature", temperature, minimum=0)
+        own = self.proj_in.weight.device
+        device = own if generator is None else generator.device
+        z = torch.randn(n, c.tokens, c.channels, generator=generator, device=device, dtype=torch.float32).to(own)
+        return self.decode(temperature * z, y, guidance=guidance, precision=precision)
+
+    def _class_tokens(self, y: Tensor | None, batch: int) -> Tensor:
+        if y is None:
+            return self.null_class.expand(batch, -1, -1)
+        return torch.where((y < 0).view(-1, 1, 1), self.null_class, class_rows(self.class_embed, y, batch))

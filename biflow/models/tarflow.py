@@ -1,0 +1,340 @@
+"""TarFlow: a stack of causal transformer blocks, each an affine autoregressive flow over image patches.
+
+The maths is TARFlow's (Zhai et al. 2024, arXiv 2412.06329, section 3); the configuration also covers what its
+successors use: a learned start token, clipped parameters and softplus scales (STARFlow, arXiv 2506.06276), rotary
+positions, RMSNorm, SwiGLU, QK-norm and in-context class tokens (BiFlow, arXiv 2512.10953).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from biflow import solvers
+from biflow.config import check_fields, check_number
+from biflow.models.block import Block
+from biflow.models.layers import (
+    check_count,
+    check_decoding,
+    check_floats,
+    check_grid,
+    check_labels,
+    check_size,
+    check_transformer,
+    mlp_width,
+    patchify,
+    unpatchify,
+)
+from biflow.ops import BlockConfig
+
+
+@dataclass(frozen=True)
+class TarFlowConfig:
+    """Shape and options of a TarFlow.
+
+    img_size, in_channels, patch_size: images (in_channels, img_size, img_size); T = (img_size / patch_size)^2 tokens of
+        D = in_channels patch_size^2 channels.
+    width, head_dim, mlp_ratio: C, d, and the MLP's hidden width over C (rounded to a multiple of 8).
+    num_blocks, layers_per_block: flow blocks, and layers in each: one number, or one per block in encode order (the
+        deep-shallow design of STARFlow is (2, 2, 2, 2, 2, 24)).
+    num_classes, class_tokens: classes (0: none); class_tokens = 0 adds the class embedding to every token, K > 0 puts K
+        class tokens before the sequence.
+    context_dim: channels of `context` tokens put before the sequence (0: the model takes no context).
+    noise_std: standard deviation of the Gaussian noise the model is trained with; > 0 turns on denoising in `sample`.
+    norm, gate, qk_norm, rope, pos_embed: the layer's variants (models/layers.py); pos_embed is the learned table.
+    start_token: a learned first token replaces the shift by one, so that all T tokens transform.
+    shift_only: z = x - shift (TARFlow's nvp=False), with a prior variance `var` (T, D) that training moves.
+    scale, clip, clip_on: as in `ops.affine_encode`.
+    """
+
+    img_size: int
+    in_channels: int = 3
+    patch_size: int = 2
+    width: int = 256
+    num_blocks: int = 4
+    layers_per_block: int | tuple[int, ...] = 2
+    head_dim: int = 64
+    mlp_ratio: float = 4.0
+    num_classes: int = 0
+    class_tokens: int = 0
+    context_dim: int = 0
+    noise_std: float = 0.0
+    norm: str = "layernorm"
+    gate: str = "gelu"
+    qk_norm: bool = False
+    rope: bool = False
+    pos_embed: bool = True
+    start_token: bool = False
+    shift_only: bool = False
+    scale: str = "exp"
+    clip: tuple[str, float] | None = None
+    clip_on: str = "both"
+
+    def __post_init__(self):
+        check_fields(self)
+        check_grid(self.img_size, self.in_channels, self.patch_size)
+        check_size("num_blocks", self.num_blocks)
+        layers = self.layers_per_block
+        if isinstance(layers, tuple) and len(layers) != self.num_blocks:
+            raise ValueError(f"layers_per_block: expected {self.num_blocks} numbers (num_blocks), got {len(layers)}")
+        for count in layers if isinstance(layers, tuple) else (layers,):
+            check_size("layers_per_block", count)
+        check_transformer(self.width, self.head_dim, self.mlp_ratio, self.norm, self.gate)
+        for name in ("num_classes", "class_tokens", "context_dim"):
+            check_size(name, getattr(self, name), 0)
+        check_number("noise_std", self.noise_std, minimum=0)
+        if self.class_tokens and not self.num_classes:
+            raise ValueError(f"class_tokens: expected 0 when num_classes is 0, got {self.class_tokens}")
+        if self.shift_only and (self.scale != "exp" or self.clip_on != "both"):
+            raise ValueError("shift_only: has no scale, so scale='exp' and clip_on='both' are expected")
+        self.block(0)  # refuses a scale, clip or clip_on that the ops do not have
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens an image."""
+        return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def channels(self) -> int:
+        """D, channels a token."""
+        return self.in_channels * self.patch_size**2
+
+    def block(self, index: int) -> BlockConfig:
+        """The configuration of block `index` in encode order; odd blocks read the tokens in reverse."""
+        layers = self.layers_per_block
+        return BlockConfig(
+            tokens=self.tokens,
+            channels=self.channels,
+            width=self.width,
+            layers=layers[index] if isinstance(layers, tuple) else layers,
+            head_dim=self.head_dim,
+            mlp_hidden=mlp_width(self.mlp_ratio, self.width),
+            norm=self.norm,
+            gate=self.gate,
+            qk_norm=self.qk_norm,
+            rope=self.rope,
+            pos_embed=self.pos_embed,
+            start_token=self.start_token,
+            shift_only=self.shift_only,
+            num_classes=self.num_classes,
+            class_tokens=self.class_tokens,
+            scale=self.scale,
+            clip=self.clip,
+            clip_on=self.clip_on,
+            flip=index % 2 == 1,
+        )
+
+
+class TarFlow(nn.Module):
+    """The forward model. encode: data to noise in one parallel pass; decode: its exact inverse, token by token.
+
+    log p(x) = log N(z; 0, I) + log|det dz/dx| (arXiv 2412.06329, eq. 5), with z and logdet from `encode`.
+    """
+
+    def __init__(self, config: TarFlowConfig):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config.block(i), config.context_dim) for i in range(config.num_blocks))
+        # variance of the prior: ones, which `update_prior` moves for shift_only models
+        self.register_buffer("var", torch.ones(config.tokens, config.channels))
+
+    def encode(
+        self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, return_states: bool = False
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
+        """Data to noise.
+
+        Args:
+            x: images (B,C,H,W) in [-1, 1], of the model's dtype.
+            y: class labels (B,) int64; -1 or None: unconditional (the mean class embedding).
+            context: (B,S,context_dim) of x's dtype, or None (one learned null token).
+            return_states: also return the trajectory.
+
+        Returns:
+            z (B,T,D) in x's dtype; logdet (B,) = log|det dz/dx| in nats, fp32 (fp64 for fp64 x); with return_states the
+            list x_0, ..., x_B, each (B,T,D) in data order, x_0 the patches of x and x_B = z.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, device or shape, labels out of range, NaN or infinite values (values
+                are not looked at inside torch.compile).
+        """
+        c = self.config
+        check_floats("x", x, (None, c.in_channels, c.img_size, c.img_size), self.blocks[0].proj_in.weight)
+        self._check_condition(y, context, x.shape[0])
+        return self(x, y, context, return_states=return_states)
+
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, return_states: bool = False
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
+        """`encode` without its checks."""
+        h = patchify(x, self.config.patch_size)
+        states, flipped, logdet = [h], False, 0.0
+        for block in self.blocks:
+            if block.config.flip != flipped:
+                h, flipped = h.flip(1), block.config.flip
+            h, block_logdet = block(h, y, context)
+            logdet = logdet + block_logdet
+            if return_states:
+                states.append(h.flip(1) if flipped else h)
+        z = (h.flip(1) if flipped else h) * self.var.rsqrt().to(h.dtype)
+        logdet = logdet - 0.5 * self.var.to(logdet.dtype).log().sum()
+        states[-1] = z
+        return (z, logdet, states) if return_states else (z, logdet)
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """log p(x | y), (B,), nats: -|z|^2 / 2 - (T D / 2) log 2 pi + logdet. Arguments and errors as `encode`."""
+        return self._log_prob(*self.encode(x, y, context))
+
+    @staticmethod
+    def _log_prob(z: Tensor, logdet: Tensor) -> Tensor:
+        wide = z.to(logdet.dtype).flatten(1)
+        return logdet - 0.5 * (wide.square().sum(1) + wide.shape[1] * math.log(2 * math.pi))
+
+    def bits_per_dim(
+        self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, bin_width: float = 2 / 256
+    ) -> Tensor:
+        """-log_prob / (T D ln 2) - log2(bin_width), (B,): bits a channel of data quantised to steps of `bin_width`.
+
+        x must be dequantised: uniform noise over one bin added. 8-bit images in [-1, 1] have bins of 2/256.
+        """
+        bin_width = check_number("bin_width", bin_width, above=0)
+        dims = self.config.tokens * self.config.channels
+        return -self.log_prob(x, y, context) / (dims * math.log(2)) - math.log2(bin_width)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        z: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        solver: str = "auto",
+        window: int | None = None,
+        guidance: float = 0.0,
+        guide: str = "ab",
+        anneal: bool = True,
+        attn_temp: float = 1.0,
+        precision: str = "fp32",
+        tol: float = 1e-5,
+        return_info: bool = False,
+    ) -> Tensor | tuple[Tensor, solvers.DecodeInfo]:
+        """Noise to data: the exact inverse of `encode`. Not differentiable: train through `encode`.
+
+        Args:
+            z: (B,T,D) fp32.
+            y, context: the condition, as in `encode`. Where y is -1 guidance acts only through attn_temp. The
+                unconditional pass sees as many null tokens as context has.
+            solver: "sequential", or "auto" (= "sequential").
+            window: tokens a window of a windowed solver; None for the sequential one.
+            guidance: g >= 0; 0 means none. At each token the raw parameters become r + w (r - r_u) with r_u of an
+                unconditional pass (arXiv 2412.06329, section 3.5).
+            guide: which parameters are guided: "a" (scale), "b" (shift) or "ab".
+            anneal: w = g t / max(T - 1, 1) for the token of index t in block order; False: w = g.
+            attn_temp: divides the attention logits of the unconditional pass; what guidance uses without classes.
+            precision: "fp32", also inside torch.autocast.
+            tol: tolerance of iterative solvers; the sequential one is exact and ignores it.
+            return_info: also return a `solvers.DecodeInfo` with the residual of each sample; costs one encode, two with
+                guidance.
+
+        Returns:
+            x (B,C,H,W) fp32, not clamped, infinite or NaN where strong guidance overflowed; with return_info (x, info).
+
+        Raises:
+            TypeError, ValueError: wrong dtype, device or shape, NaN in z, an unknown solver or precision, negative
+                guidance.
+        """
+        c, weight = self.config, self.blocks[0].proj_in.weight
+        solver = solvers.check_options(solver, window, tol)
+        strength = solvers.Guidance(guidance, guide, anneal, attn_temp)
+        check_decoding(precision, solvers.PRECISIONS, weight)
+        with torch.autocast(weight.device.type, enabled=False):  # precision says what is computed, not the surroundings
+            check_floats("z", z, (None, c.tokens, c.channels), weight)
+            self._check_condition(y, context, z.shape[0])
+            x = z * self.var.sqrt()
+            x, info = solvers.decode(self.blocks, x, y, context, strength, solver, certify=return_info)
+            x = unpatchify(x, c.patch_size)
+        return (x, info) if return_info else x
+
+    def sample(
+        self,
+        n: int,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        denoise: bool | None = None,
+        generator: torch.Generator | None = None,
+        **decode_options,
+    ) -> Tensor:
+        """Draw n images: z ~ N(0, temperature^2), decode, and remove the training noise by one score step.
+
+        Args:
+            n: number of images.
+            y, context: the condition, as in `encode`.
+            temperature: standard deviation of z.
+            denoise: x + noise_std^2 grad log p(x | y) (arXiv 2412.06329, section 3.4). None: iff noise_std > 0.
+            generator: source of randomness; z is drawn on its device, or on the model's.
+            decode_options: passed to `decode`.
+
+        Returns:
+            (n,C,H,W) fp32, about [-1, 1], not clamped. Works under torch.no_grad() and torch.inference_mode().
+        """
+        c = self.config
+        check_count("n", n)
+        temperature = check_number("temperature", temperature, minimum=0)
+        if decode_options.get("return_info"):
+            raise ValueError("return_info: expected with decode, not with sample")
+        denoise = c.noise_std > 0 if denoise is None else denoise
+        if denoise and c.noise_std == 0:
+            raise ValueError("denoise: expected a model with noise_std > 0, got noise_std = 0")
+        device = self.var.device if generator is None else generator.device
+        z = torch.randn(n, c.tokens, c.channels, generator=generator, device=device, dtype=torch.float32)
+        x = self.decode(temperature * z.to(self.var.device), y, context, **decode_options)
+        return self._denoise(x, y, context) if denoise else x
+
+    def denoise(self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """x + noise_std^2 grad_x log p(x | y), (B,C,H,W): the clean data's posterior mean under the model (Tweedie).
+
+        Arguments and errors as `encode`. Computed in x's dtype, also inside torch.autocast; the result has no graph.
+        """
+        c = self.config
+        with torch.autocast(self.var.device.type, enabled=False):
+            check_floats("x", x, (None, c.in_channels, c.img_size, c.img_size), self.blocks[0].proj_in.weight)
+        self._check_condition(y, context, x.shape[0])
+        return self._denoise(x, y, context)
+
+    def _denoise(self, x: Tensor, y: Tensor | None, context: Tensor | None) -> Tensor:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(self.var.device.type, enabled=False),
+        ):
+            # autograd takes no inference tensors, be they arguments or weights: copies of them are ordinary
+            leaf = x.detach().clone().requires_grad_()
+            y, context = (None if t is None else t.detach().clone() for t in (y, context))
+            named = [*self.named_parameters(), *self.named_buffers()]
+            copies = {name: t.detach().clone() for name, t in named if t.is_inference()}
+            z, logdet = torch.func.functional_call(self, copies, (leaf, y, context))
+            (score,) = torch.autograd.grad(self._log_prob(z, logdet).sum(), leaf)
+            return (leaf + self.config.noise_std**2 * score).detach()
+
+    @torch.no_grad()
+    def update_prior(self, z: Tensor, rate: float = 0.1) -> None:
+        """Move `var` a step of `rate` towards the second moment of z sqrt(var) over the batch; for shift_only models.
+
+        z (B,T,D), B >= 1, as `encode` returned it: after the step an encode of that batch is nearer to unit variance.
+        """
+        c = self.config
+        if not c.shift_only:
+            raise ValueError("update_prior: expected a shift_only model, whose prior variance is learned")
+        if z.dim() != 3 or z.shape[0] < 1 or z.shape[1:] != self.var.shape:
+            raise ValueError(f"z: expected shape (at least 1, {c.tokens}, {c.channels}), got {tuple(z.shape)}")
+        self.var.lerp_(z.to(self.var.dtype).square().mean(0) * self.var, rate)
+
+    def _check_condition(self, y: Tensor | None, context: Tensor | None, batch: int) -> None:
+        weight = self.blocks[0].proj_in.weight
+        check_labels(y, self.config.num_classes, batch, weight.device)
+        if context is not None:
+            if not self.config.context_dim:
+                raise ValueError("context: expected None for a model with context_dim=0, got a tensor")
+            check_floats("context", context, (batch, None, self.config.context_dim), weight)

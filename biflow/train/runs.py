@@ -1,0 +1,167 @@
+"""The run folder: config.yaml, metrics.jsonl, checkpoints/step_XXXXXXXX/. All of it survives a kill at any instant."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from biflow.checkpoint import TEMPORARY, replacing, sync
+from biflow.train.configs import flatten
+
+FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep")}
+
+
+def prepare(out: Path, config: dict, resume: bool) -> None:
+    """Make the run folder, or check the one to resume; leftovers of a killed process are removed.
+
+    Raises:
+        FileExistsError: a folder that is not empty, without resume; or that holds something other than a run.
+        ValueError: the run in the folder has another configuration.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    entries = [p for p in out.iterdir() if not p.name.startswith(TEMPORARY)]
+    if entries and not resume:
+        raise FileExistsError(
+            f"{out}: the folder is not empty; resume the run in it (resume=True, --resume) or choose another folder"
+        )
+    if entries and not (out / "config.yaml").exists():
+        raise FileExistsError(f"{out}: expected a run to resume (config.yaml), got a folder that holds something else")
+    if entries:
+        try:
+            found = yaml.safe_load((out / "config.yaml").read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{out / 'config.yaml'}: expected YAML; {error}") from None
+        check_same(found, config, str(out / "config.yaml"))
+    for leftover in [*out.glob(f"{TEMPORARY}*"), *(out / "checkpoints").glob(f"{TEMPORARY}*")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    with replacing(out / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+    (out / "checkpoints").mkdir(exist_ok=True)
+
+
+def check_same(found: object, config: dict, where: str) -> None:
+    """ValueError naming the first field in which the run's configuration differs from the one given."""
+    old = flatten(found) if isinstance(found, dict) else {}
+    new = flatten(config)
+    for name in new:
+        if name not in FREE_FIELDS and old.get(name) != new.get(name):
+            raise ValueError(
+                f"{where}: the run to resume has {name} = {old.get(name)!r}, this configuration {new.get(name)!r}; "
+                "resume with the configuration of the run, or start another one in a new folder"
+            )
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [p for p in (out / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name)]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def write_checkpoint(out: Path, step: int, fill: Callable[[Path], None], keep: int) -> None:
+    """Let `fill` write the files of a checkpoint into a new folder, make it appear at once, drop all but `keep`."""
+    folder = out / "checkpoints"
+    target = folder / f"step_{step:08d}"
+    temporary = folder / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    fill(temporary)
+    sync(temporary)
+    if target.exists():  # one that could not be read, from which this run did not continue
+        _remove(target)
+    temporary.rename(target)
+    sync(folder)
+    for old in checkpoints(out)[keep:]:
+        _remove(old)
+
+
+def cut_metrics(out: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step`, and a line that a kill left incomplete."""
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and value.get("step", step + 1) <= step:
+            kept.append(line + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept))
+
+
+class Metrics:
+    """metrics.jsonl (one JSON object a line, appended) and, if installed and wanted, TensorBoard event files."""
+
+    def __init__(self, out: Path, step: int, tensorboard: bool):
+        self._file = (out / "metrics.jsonl").open("a")
+        self._writer = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                text = "biflow: tensorboard is not installed (pip install 'biflow[train]'); metrics go to metrics.jsonl"
+                tqdm.write(text, file=sys.stderr)
+            else:
+                self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """line: "step", "split", and numbers."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(f"{line['split']}/{name}", value, line["step"])
+
+    def sync(self) -> None:
+        """Make the lines durable."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def delayed_signals() -> Iterator[list[int]]:
+    """Yield a list that SIGINT and SIGTERM are noted in; a second one acts at once. In the main thread only."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = {}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note) or signal.SIG_DFL
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that a kill on the way leaves a leftover, never a checkpoint with files missing."""
+    doomed = folder.parent / f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}"
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

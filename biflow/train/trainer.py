@@ -1,0 +1,232 @@
+"""The training loop of both stages: steps, averaged weights, validation, logs, checkpoints, resuming bit for bit."""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from biflow import checkpoint
+from biflow.data import ImageData
+from biflow.train import runs
+from biflow.train.configs import FlowTraining, InverseTraining
+from biflow.train.optim import Average, DataOrder, learning_rate, make_optimizer
+
+STATE_KIND = "training state"
+VALIDATION_SEED = 0x5EED  # its noise is the same in every validation
+
+
+class Objective(Protocol):
+    """A stage: its name, the model class's loss, and what else must not change when a run is resumed."""
+
+    stage: str
+    identity: dict[str, Any]
+
+    def loss(
+        self, model: nn.Module, x: Tensor, y: Tensor | None, generator: torch.Generator, *, training: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B,C,H,W) clean, y (B,) or None -> (scalar loss, terms to log). training: drop labels, move buffers."""
+        ...
+
+
+class Trainer:
+    """One run. The state that a checkpoint holds: weights, moments, averaged weights, step, generator, log sums."""
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, data: ImageData, config: FlowTraining | InverseTraining, out: Path
+    ):
+        self.config, self.objective, self.data, self.out = config, objective, data, out
+        self.device = torch.device(config.run.device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"run.device: expected a device of this machine, got {config.run.device!r} without CUDA")
+        if self.device.type == "cuda" and config.run.precision == "bf16" and not torch.cuda.is_bf16_supported():
+            raise ValueError("run.precision: expected 'fp32' on this GPU, which has no bf16; got 'bf16'")
+        self.mapping = {"stage": objective.stage, **checkpoint.to_mapping(config)}
+        self.model = model.to(self.device).train()
+        self.average = Average(self.model, config.optim.ema)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.order = DataOrder(len(data.train_x), config.optim.batch_size, config.run.seed)
+        self.generator = torch.Generator(self.device).manual_seed(config.run.seed)
+        self.step = 0
+        self.seconds = 0.0
+        self.window: dict[str, float] = {}  # sums of what is logged as means, over the steps since the last log
+
+    def run(self, resume: bool, progress: bool) -> nn.Module:
+        """Train to the last step; returns the averaged model. Errors: `runs.prepare`, FloatingPointError."""
+        runs.prepare(self.out, self.mapping, resume)
+        self._restore_newest()
+        runs.cut_metrics(self.out, self.step)
+        started = time.perf_counter() - self.seconds
+        steps = self.config.optim.steps
+        tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaks
+        bar = tqdm(total=steps, initial=self.step, desc=self.objective.stage, unit="step", disable=not progress)
+        with (
+            runs.delayed_signals() as signals,
+            runs.Metrics(self.out, self.step, self.config.run.tensorboard) as log,
+            bar,
+        ):
+            while self.step < steps and not signals:
+                self._train_step()
+                self.seconds = time.perf_counter() - started
+                for line in self._reports():
+                    log.write(line)
+                    bar.set_postfix({line["split"]: line["loss"]}, refresh=False)
+                bar.update()
+                if self._due(self.config.run.checkpoint_every) or signals:
+                    log.sync()
+                    self.save()
+        if self.step == steps:
+            checkpoint.save(self.average.model, self.out / "model.safetensors", {"step": self.step})
+        if signals:
+            text = f"stopped by a signal at step {self.step} of {steps}, after writing a checkpoint to resume from"
+            raise KeyboardInterrupt(text) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
+        return self.average.model
+
+    def save(self) -> None:
+        """Write checkpoints/step_XXXXXXXX/{model,state}.safetensors."""
+
+        def fill(folder: Path) -> None:
+            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+            for name, parameter in self.model.named_parameters():
+                tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+            tensors["generator"] = self.generator.get_state()
+            metadata = {"step": self.step, "seconds": self.seconds, "window": self.window, **self.objective.identity}
+            checkpoint.write(folder / "state.safetensors", STATE_KIND, tensors, self.mapping, metadata)
+            checkpoint.save(self.average.model, folder / "model.safetensors", {"step": self.step})
+
+        runs.write_checkpoint(self.out, self.step, fill, self.config.run.keep)
+
+    def restore(self, state: checkpoint.Contents, average: nn.Module) -> None:
+        """Continue from what a checkpoint holds. ValueError: it is of a run with another configuration."""
+        runs.check_same({**state.config, **state.metadata}, {**self.mapping, **self.objective.identity}, str(self.out))
+        tensors, metadata = state.tensors, state.metadata
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.average.model.load_state_dict(average.state_dict())
+        for name, parameter in self.model.named_parameters():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
+            if keys:  # a parameter that had no gradient yet has no moments
+                self.optimizer.state[parameter] = {k: tensors[f"{k}.{name}"].to(self.device) for k in keys}
+        self.generator.set_state(tensors["generator"])
+        self.step, self.seconds, self.window = metadata["step"], metadata["seconds"], metadata["window"]
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean loss and terms of the averaged weights on held-out images, with the same noise every time."""
+        count, limit = len(self.data.val_x), self.config.run.validate_images
+        chosen = torch.linspace(0, count - 1, min(count, limit), dtype=torch.float64).round().long()
+        generator = torch.Generator(self.device).manual_seed(VALIDATION_SEED)
+        sums: dict[str, float] = {}
+        for indices in chosen.split(self.config.optim.batch_size):
+            x, y = self._images(self.data.val_x, self.data.val_y, indices)
+            with self._autocast():
+                loss, terms = self.objective.loss(self.average.model, x, y, generator, training=False)
+            for name, value in {"loss": loss, **terms}.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(indices) / len(chosen)
+        return sums
+
+    def _train_step(self) -> None:
+        optim = self.config.optim
+        rate = learning_rate(self.step, optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        x, y = self._images(self.data.train_x, self.data.train_y, self.order.indices(self.step))
+        if self.config.data.flip:
+            turned = torch.rand(len(x), generator=self.generator, device=self.device) < 0.5
+            x = torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x)
+        with self._autocast():
+            loss, terms = self.objective.loss(self.model, x, y, self.generator, training=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
+        values = {"loss": float(loss.detach()), **{k: float(v) for k, v in terms.items()}, "grad_norm": float(norm)}
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if bad:
+            raise FloatingPointError(
+                f"step {self.step + 1}: {bad[0]} is {values[bad[0]]}; training stopped, the checkpoints before it are "
+                f"intact in {self.out / 'checkpoints'}. A lower optim.lr, a clip or more noise usually helps"
+            )
+        self.optimizer.step()
+        self.average.update(self.model, self.step)
+        self.step += 1
+        for name, value in {**values, "count": 1.0}.items():
+            self.window[name] = self.window.get(name, 0.0) + value
+
+    def _reports(self) -> Iterator[dict[str, Any]]:
+        """The lines for metrics.jsonl that are due after this step."""
+        if self._due(self.config.run.log_every):
+            count = self.window.pop("count")
+            means = {name: total / count for name, total in self.window.items()}
+            self.window = {}
+            rate = self.optimizer.param_groups[0]["lr"]
+            yield {"step": self.step, "split": "train", **means, "lr": rate, "seconds": round(self.seconds, 3)}
+        if self._due(self.config.run.validate_every) and len(self.data.val_x):
+            values = {k: v if math.isfinite(v) else None for k, v in self.validate().items()}
+            yield {"step": self.step, "split": "val", **values, "seconds": round(self.seconds, 3)}
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.optim.steps
+
+    def _images(self, images: Any, labels: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = None if labels is None or not self.config.model.num_classes else labels[indices].to(self.device)
+        return images.batch(indices).to(self.device), y
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16")
+
+    def _restore_newest(self) -> None:
+        """Continue from the newest checkpoint that can be read, if there is one."""
+        unreadable = []
+        for folder in runs.checkpoints(self.out):
+            try:
+                state = checkpoint.read(folder / "state.safetensors")
+                if state.kind != STATE_KIND:
+                    raise ValueError(f"{folder}: expected a training state, got {state.kind!r}")
+                average = checkpoint.load(folder / "model.safetensors", self.device)
+            except (OSError, ValueError) as error:
+                unreadable.append(str(error))
+                continue
+            self.restore(state, average)
+            break
+        else:
+            if unreadable:
+                raise ValueError(f"{self.out}: no checkpoint of the run can be read: {'; '.join(unreadable)}")
+        for reason in unreadable:
+            tqdm.write(f"biflow: continuing from step {self.step}, an older checkpoint: {reason}", file=sys.stderr)
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    data: ImageData,
+    config: FlowTraining | InverseTraining,
+    out: str | Path,
+    *,
+    resume: bool,
+    progress: bool,
+) -> nn.Module:
+    """Run a stage with `config.run.threads` CPU threads; returns the averaged model in eval mode."""
+    threads = torch.get_num_threads()
+    try:
+        if config.run.threads is not None:
+            torch.set_num_threads(config.run.threads)
+        return Trainer(model, objective, data, config, Path(out)).run(resume, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_data(data: ImageData, img_size: int, in_channels: int, num_classes: int) -> None:
+    """ValueError unless the model's images and classes are the data's (a model may ignore labels: num_classes = 0)."""
+    if (img_size, in_channels) != (data.img_size, data.channels):
+        raise ValueError(
+            f"model: expected img_size {data.img_size} and in_channels {data.channels} as the data has, "
+            f"got {img_size} and {in_channels}"
+        )
+    if num_classes not in (0, data.num_classes):
+        raise ValueError(f"model.num_classes: expected {data.num_classes} (as the data) or 0, got {num_classes}")

@@ -1,0 +1,234 @@
+"""Every command on tiny runs, and what wrong input is answered with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import biflow
+from biflow import cli, presets
+
+torch.set_num_threads(1)
+TINY = [
+    "model.width=16", "model.head_dim=8", "model.num_blocks=2", "optim.steps=4", "optim.batch_size=16",
+    "run.checkpoint_every=2", "run.tensorboard=false", "run.threads=1", "--quiet",
+]  # fmt: skip
+TINY_FLOW = ["digits_flow", "model.layers_per_block=1", *TINY]
+TINY_INVERSE = ["digits_inverse", "model.layers_per_group=1", *TINY]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with flow/ and inverse/, trained by the commands."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert cli.main(["train", *TINY_FLOW, "--out", f"{folder}/flow"]) == 0
+    flow = f"{folder}/flow/model.safetensors"
+    assert cli.main(["distill", *TINY_INVERSE, "--flow", flow, "--out", f"{folder}/inverse"]) == 0
+    return folder
+
+
+def test_train_and_distill_apply_overrides(runs):
+    config = yaml.safe_load((runs / "flow" / "config.yaml").read_text())
+    assert (config["model"]["width"], config["optim"]["steps"], config["model"]["noise_std"]) == (16, 4, 0.1)
+    assert isinstance(biflow.load(runs / "flow" / "model.safetensors"), biflow.TarFlow)
+    assert isinstance(biflow.load(runs / "inverse" / "model.safetensors"), biflow.BiFlow)
+
+
+def test_train_resumes_a_finished_run_into_the_same_weights(runs):
+    before = biflow.load(runs / "flow" / "model.safetensors").state_dict()
+    assert cli.main(["train", *TINY_FLOW, "--out", f"{runs}/flow", "--resume"]) == 0
+    after = biflow.load(runs / "flow" / "model.safetensors").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_train_reads_a_yaml_file(tmp_path, capsys):
+    settings = {**presets.read("digits_flow"), "optim": {"steps": 1, "batch_size": 4, "warmup_steps": 0}}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(settings))
+    overrides = ["model.width=16", "model.head_dim=8", "run.tensorboard=false", "run.threads=1", "--quiet"]
+    assert cli.main(["train", str(tmp_path / "my.yaml"), *overrides, "--out", str(tmp_path / "run")]) == 0
+    assert "trained" in capsys.readouterr().out
+
+
+def test_sample_npz_is_what_the_model_draws(runs, tmp_path):
+    out = tmp_path / "s.npz"
+    assert cli.main(["sample", f"{runs}/inverse", "--n", "5", "--class", "3", "--seed", "7", "--out", str(out)]) == 0
+    got = np.load(out)
+    model, y = biflow.load(runs / "inverse" / "model.safetensors"), torch.full((5,), 3)
+    want = model.sample(5, y, guidance=1.0, generator=torch.Generator().manual_seed(7)).clamp(-1, 1)
+    np.testing.assert_array_equal(got["images"], want.permute(0, 2, 3, 1).numpy())
+    assert got["labels"].tolist() == [3] * 5
+
+
+def test_sample_options_reach_an_exact_flow(runs, tmp_path):
+    def draw(name, *options):
+        out = tmp_path / f"{name}.npz"
+        assert cli.main(["sample", f"{runs}/flow", "--n", "4", *options, "--out", str(out)]) == 0
+        return np.load(out)["images"]
+
+    plain = draw("plain")
+    for options in (["--no-denoise"], ["--temperature", "0.5"], ["--seed", "1"], ["--class", "none"]):
+        assert np.abs(draw(options[0], *options) - plain).max() > 0
+    np.testing.assert_array_equal(draw("again", "--class", "all"), plain)
+
+
+def test_sampled_npz_is_data(runs, tmp_path):
+    out = tmp_path / "s.npz"
+    assert cli.main(["sample", f"{runs}/flow", "--n", "40", "--out", str(out)]) == 0
+    data = biflow.data.load(biflow.data.DataConfig(source=str(out)))
+    assert (data.num_classes, data.img_size, data.channels) == (10, 8, 1)
+
+
+def test_sample_png_is_a_grid(runs, tmp_path):
+    from PIL import Image
+
+    for name, options in {"all": [], "one": ["--class", "2"]}.items():
+        out = tmp_path / f"{name}.png"
+        assert cli.main(["sample", f"{runs}/inverse", "--n", "20", *options, "--out", str(out)]) == 0
+        image = np.asarray(Image.open(out))
+        assert min(image.shape[:2]) > 100
+        assert image.std() > 1
+
+
+def test_evaluate_flow_and_inverse(runs, tmp_path, capsys):
+    small = ["--samples", "40", "--guidance", "0", "--guidance", "1"]
+    assert cli.main(["evaluate", f"{runs}/flow", *small]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["exact"]["round_trip_max_error"] < 1e-4
+    assert report["data"]["classifier_held_out_accuracy"] > 0.9
+    out = tmp_path / "report.json"
+    line = ["evaluate", f"{runs}/inverse", "--flow", f"{runs}/flow", "--data", "digits", *small, "--out", str(out)]
+    assert cli.main(line) == 0
+    report = json.loads(out.read_text())
+    assert [s["guidance"] for s in report["learned"]["samples"]] == [0.0, 1.0]
+    assert report["learned"]["reconstruction_mse"] > 0
+
+
+def test_info(runs, capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"biflow: {biflow.__version__}" in text
+    assert f"cpu instruction set: {torch.ops.biflow.cpu_isa()}" in text
+    assert cli.main(["info", f"{runs}/flow"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["kind"], found["config"]["width"]) == ("TarFlow", 16)
+    assert found["parameters"] > 1000
+
+
+def test_bench_prints_the_rows_of_a_checkout(monkeypatch, tmp_path, capsys):
+    """bench runs benchmarks/bench_<op>.py beside the package, and says what it needs where there is none."""
+    (tmp_path / "benchmarks").mkdir()
+    code = "def run(quick): return [{'case': 'S', 'us': 1.23456, 'shape': [2, 3], 'quick': quick}]"
+    (tmp_path / "benchmarks" / "bench_attention.py").write_text(code)
+    monkeypatch.setattr(cli.tools, "__file__", str(tmp_path / "biflow" / "cli" / "tools.py"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "bench_attention", raising=False)
+    out = tmp_path / "rows.json"
+    assert cli.main(["bench", "--op", "attention", "--quick", "--json", str(out)]) == 0
+    sys.modules.pop("bench_attention")
+    assert capsys.readouterr().out.split() == ["case", "us", "shape", "quick", "S", "1.235", "2x3", "True"]
+    assert json.loads(out.read_text())[0]["us"] == 1.23456
+    assert cli.main(["bench", "--op", "affine"]) == 2
+    assert "need a source checkout" in capsys.readouterr().err
+
+
+BAD = {
+    "no such command": ("fly", "No such command 'fly'"),
+    "no such option": ("info --fast", "No such option: --fast"),
+    "missing option": ("train digits_flow", "Missing option '--out'"),
+    "wrong type": ("sample {runs}/flow --n many", "Invalid value for '--n'"),
+    "no such preset": ("train digit_flow --out {new}", "a preset (digits_flow, digits_inverse, fashion_flow"),
+    "no such yaml": ("train none.yaml --out {new}", "none.yaml: no such file"),
+    "broken yaml": ("train {tmp}/broken.yaml --out {new}", "broken.yaml: not valid YAML"),
+    "yaml list": ("train {tmp}/list.yaml --out {new}", "expected a mapping of settings, got list"),
+    "wrong stage": ("train digits_inverse --out {new}", "expected a configuration of stage 'flow', got 'inverse'"),
+    "unknown field": ("train digits_flow model.widht=3 --out {new}", "unknown field 'widht'; expected one of"),
+    "wrong value": ("train digits_flow optim.lr=fast --out {new}", "lr: expected float, got str 'fast'"),
+    "impossible value": ("train digits_flow model.width=100 --out {new}", "expected a positive multiple of head_dim"),
+    "not an override": ("train digits_flow width --out {new}", "expected key=value, got 'width'"),
+    "data of another size": ("train digits_flow model.img_size=16 --out {new}", "expected img_size 8"),
+    "no such data": ("train digits_flow data.source=none.npz --out {new}", "none.npz: no such file"),
+    "folder in use": ("train digits_flow --out {runs}/flow", "the folder is not empty"),
+    "resume with other settings": ("train digits_flow --out {runs}/flow --resume", "the run to resume has model.width"),
+    "no such checkpoint": ("sample none.safetensors", "none.safetensors: no such file"),
+    "unfinished run": ("sample {tmp}", "expected a finished run with model.safetensors"),
+    "foreign checkpoint": ("sample {tmp}/broken.yaml", "expected a complete safetensors file"),
+    "inverse instead of flow": (
+        "distill digits_inverse --flow {runs}/inverse --out {new}", "expected a TarFlow, got a BiFlow",
+    ),
+    "class out of range": ("sample {runs}/flow --class 10", "expected a class in [0, 10), all or none, got '10'"),
+    "class not a number": ("sample {runs}/flow --class three", "expected a class in [0, 10), all or none, got 'three'"),
+    "negative guidance": ("sample {runs}/flow --guidance=-1", "guidance: expected a finite number >= 0, got -1"),
+    "guidance not trained": ("sample {runs}/inverse --guidance 9", "guidance: expected at most 3 (as trained), got 9"),
+    "no-denoise of an inverse": ("sample {runs}/inverse --no-denoise", "--no-denoise: expected with an exact flow"),
+    "output of another kind": ("sample {runs}/flow --out s.gif", "expected a file ending in .png or .npz"),
+    "output nowhere": ("sample {runs}/flow --out {new}/s.png", "--out: expected an existing folder"),
+    "inverse alone": ("evaluate {runs}/inverse", "--flow: expected with a learned inverse"),
+    "checkpoint without a run": ("evaluate {tmp}/alone.safetensors", "expected --data"),
+    "no such op": ("bench --op fft", "expected one of affine, decode_block, attention, got 'fft'"),
+    "demo in a used folder": ("demo --out {runs}/flow", "the folder is not empty"),
+    "demo resumed elsewhere": ("demo --out {runs}/flow --resume", "has another configuration"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), BAD.values(), ids=BAD.keys())
+def test_wrong_input_is_one_line_and_exit_code_2(line, message, runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "alone.safetensors").write_bytes((runs / "flow" / "model.safetensors").read_bytes())
+    words = [w.format(runs=runs, tmp=tmp_path, new=tmp_path / "new") for w in line.split()]
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("biflow: error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert message in captured.err
+    assert not (tmp_path / "new" / "model.safetensors").exists()
+
+
+def test_failures_and_interrupts_have_their_own_exit_codes(monkeypatch, capsys, tmp_path):
+    def fail(error):
+        def train(*arguments, **options):
+            raise error
+
+        monkeypatch.setattr("biflow.train.train_flow", train)
+        return cli.main(["train", "digits_flow", "--out", str(tmp_path)]), capsys.readouterr().err
+
+    code, err = fail(FloatingPointError("step 3: loss is nan"))
+    assert (code, err) == (1, "biflow: error: FloatingPointError: step 3: loss is nan (--debug shows where)\n")
+    code, err = fail(KeyboardInterrupt("stopped at step 3"))
+    assert (code, err) == (130, "biflow: error: stopped at step 3\n")
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert cli.main(["info", "none.safetensors", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("biflow: error: none.safetensors: no such file\n")
+
+
+@pytest.mark.parametrize("command", ["train", "distill", "sample", "evaluate", "info", "demo", "bench"])
+def test_help_has_examples(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    assert f"  biflow {command}" in capsys.readouterr().out.split("Examples:")[1]
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    code = (
+        "import sys; from biflow.cli import main; assert main(['--version']) == 0; assert main(['train', '-h']) == 0; "
+        "assert 'torch' not in sys.modules"
+    )
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"biflow {biflow.__version__}\n")
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_presets_are_valid(name):
+    settings = presets.training(name)
+    assert (settings.model.img_size // settings.model.patch_size) ** 2 == settings.model.tokens

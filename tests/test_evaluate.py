@@ -1,0 +1,213 @@
+"""Evaluation against closed forms, the eager baseline against the fused decode, and metrics that must move."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import biflow
+from biflow import evaluate
+from biflow.data import DataConfig, load
+from biflow.evaluate import EvaluationConfig, RealData
+
+torch.set_num_threads(1)
+TINY = {"img_size": 8, "in_channels": 1, "patch_size": 2, "width": 16, "head_dim": 8, "num_blocks": 2}
+QUICK = EvaluationConfig(samples=60, guidances=(0.0, 1.0), noise_draws=1, judge_steps=40, held_out_images=60)
+
+
+def randomise(model, scale=0.2, seed=0):
+    """Weights away from the identity start, so that a wrong decode cannot pass."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            small = 0.1 if "proj_out" in name else 1.0  # scales of tokens multiply up along the sequence
+            p.add_(small * scale * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def tiny_flow(**options):
+    torch.manual_seed(0)
+    return randomise(biflow.TarFlow(biflow.TarFlowConfig(**{**TINY, "layers_per_block": 2, **options})))
+
+
+def tiny_pair():
+    torch.manual_seed(0)
+    rev = biflow.BiFlow(
+        biflow.BiFlowConfig(**TINY, layers_per_group=1, num_classes=10, class_tokens=2, max_guidance=3.0)
+    )
+    return randomise(rev), tiny_flow(num_classes=10, noise_std=0.1)
+
+
+@pytest.fixture(scope="module")
+def real():
+    return RealData.of(load(DataConfig()), QUICK)
+
+
+# --- Frechet distance -----------------------------------------------------------------------------------------------
+
+
+def whitened(n, features, seed):
+    """Samples whose sample mean is 0 and sample covariance the identity, up to rounding."""
+    x = torch.randn(n, features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (n - 1))).T
+
+
+def test_frechet_of_commuting_gaussians_is_the_closed_form():
+    sigma_a, sigma_b = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([3.0, 2.0, 1.5]).double()
+    shift = torch.tensor([1.0, -2.0, 0.25]).double()
+    a, b = whitened(50, 3, 0) * sigma_a, whitened(70, 3, 1) * sigma_b + shift
+    want = shift.square().sum() + (sigma_a - sigma_b).square().sum()
+    assert evaluate.frechet_distance(a, b) == pytest.approx(float(want), rel=1e-9)
+
+
+def test_frechet_of_gaussians_that_do_not_commute():
+    """N = 2: tr (S_a S_b)^(1/2) = sqrt(tr(S_a S_b) + 2 sqrt(det S_a det S_b)), from the eigenvalues of a 2x2 matrix."""
+    root_a = torch.tensor([[2.0, 0.0], [1.0, 0.5]]).double()
+    root_b = torch.tensor([[0.7, 0.0], [-0.9, 1.2]]).double()
+    a, b = whitened(40, 2, 2) @ root_a.T, whitened(40, 2, 3) @ root_b.T
+    cov_a, cov_b = root_a @ root_a.T, root_b @ root_b.T
+    root = math.sqrt((cov_a @ cov_b).trace() + 2 * math.sqrt(torch.det(cov_a) * torch.det(cov_b)))
+    want = float(cov_a.trace() + cov_b.trace()) - 2 * root
+    assert evaluate.frechet_distance(a.float(), b.float()) == pytest.approx(want, rel=1e-5)
+    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error", "message"),
+    [
+        (torch.randn(3, 3), torch.randn(9, 3), ValueError, "at least 4 samples for 3 features, got 3"),
+        (torch.randn(9, 3), torch.randn(9, 4), ValueError, "expected 3 features as in a, got 4"),
+        (torch.randn(9, 3, 1), torch.randn(9, 3), ValueError, r"expected features \(N, F\), got shape \(9, 3, 1\)"),
+        (torch.randn(9, 3), torch.full((9, 3), math.nan), ValueError, "b: expected finite"),
+        (torch.ones(9, 3, dtype=torch.int64), torch.randn(9, 3), TypeError, "floating-point tensor, got torch.int64"),
+    ],
+)
+def test_frechet_refuses(a, b, error, message):
+    with pytest.raises(error, match=message):
+        evaluate.frechet_distance(a, b)
+
+
+# --- the eager baseline ---------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "unconditional": {},
+    "classes": {"num_classes": 10},
+    "class tokens, rope, swiglu": {
+        "num_classes": 3, "class_tokens": 2, "rope": True, "qk_norm": True, "norm": "rmsnorm", "gate": "swiglu",
+        "pos_embed": False,
+    },
+    "start token, softplus, tanh": {"num_classes": 3, "start_token": True, "scale": "softplus", "clip": ("tanh", 2.0)},
+    "sigmoid, hard clip of the scale": {"scale": "sigmoid", "clip": ("hard", 0.3), "clip_on": "scale"},
+    "shift only": {"num_classes": 3, "shift_only": True, "clip": ("hard", 0.5)},
+    "context": {"context_dim": 5, "start_token": True, "scale": "softplus"},
+    "context and class tokens": {"context_dim": 5, "num_classes": 3, "class_tokens": 1, "rope": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+def test_eager_decode_equals_the_op(options):
+    flow = tiny_flow(**options)
+    if options.get("shift_only"):
+        flow.var.uniform_(0.5, 2.0)
+    z = torch.randn(3, 16, 4, generator=torch.Generator().manual_seed(1))
+    y = torch.tensor([0, 2, -1]) if flow.config.num_classes else None
+    context = torch.randn(3, 2, 5) if flow.config.context_dim else None
+    strengths = [{}, {"guidance": 0.8, "guide": "b", "anneal": False}, {"guidance": 1.5, "attn_temp": 0.7}]
+    for strength in strengths:
+        want = flow.decode(z, y, context, **strength)
+        got = evaluate.eager_decode(flow, z, y, context, **strength)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    # the comparison would see a guidance that does nothing
+    assert (flow.decode(z, y, context) - want).abs().max() > 1e-3
+
+
+def test_eager_decode_names_what_it_lacks():
+    flow = tiny_flow()
+    object.__setattr__(flow.blocks[1].config, "scale", "cosine")
+    with pytest.raises(ValueError, match="scale: expected one of exp, softplus, sigmoid, got 'cosine'"):
+        evaluate.eager_decode(flow, torch.zeros(1, 16, 4))
+
+
+# --- classifier and metrics -----------------------------------------------------------------------------------------
+
+
+def test_classifier_knows_held_out_digits_and_is_deterministic():
+    data = load(DataConfig())
+    state = torch.random.get_rng_state()
+    splits = (data.train_x.batch(), data.train_y, data.val_x.batch(), data.val_y, 10)
+    judge = evaluate.train_judge(*splits)
+    assert judge.held_out_accuracy >= 0.97
+    assert torch.equal(state, torch.random.get_rng_state())
+    one, two = (evaluate.train_judge(*splits, steps=5).model.state_dict() for _ in range(2))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_real_images_pass_for_real_and_noise_does_not(real):
+    truth = evaluate.describe_samples(real.val_x, real.val_y, real, 0.0)
+    rubbish = evaluate.describe_samples(torch.randn_like(real.val_x), real.val_y, real, 0.0)
+    assert truth["class_agreement"] == real.judge.held_out_accuracy > rubbish["class_agreement"] + 0.4
+    assert truth["frechet"] < 0.5 * rubbish["frechet"]
+    assert abs(truth["pixel_std_difference"]) < 0.1 < rubbish["pixel_std_difference"]
+
+
+def test_metrics_of_a_flow(real):
+    flow = tiny_flow(num_classes=10, noise_std=0.1)
+    report = evaluate.evaluate_flow(flow, real, QUICK)
+    x = real.val_x
+    # the bits of one noise draw differ from those of another by little; of clean images as well
+    near = float(flow.bits_per_dim(x, real.val_y, bin_width=real.bin_width).detach().mean())
+    assert report["held_out_bits_per_dim"] == pytest.approx(near, abs=0.05)
+    assert 0 < report["round_trip_max_error"] < 1e-4
+    assert 0 < report["sample_residual_max"] < 1e-3
+    assert [s["guidance"] for s in report["samples"]] == [0.0, 1.0]
+    assert evaluate.evaluate_flow(flow, real, QUICK) == report
+
+
+def test_metrics_of_an_inverse(real):
+    rev, flow = tiny_pair()
+    report = evaluate.evaluate_inverse(rev, flow, real, QUICK)
+    z, y = evaluate.noise(rev, QUICK)
+    difference = rev.decode(z, y, guidance=1.0) - flow.denoise(flow.decode(z, y, guidance=1.0), y)
+    assert report["samples"][1]["distance_to_exact"] == pytest.approx(
+        float(difference.square().mean().sqrt()), rel=1e-4
+    )
+    assert report["reconstruction_mse"] > 0
+    assert math.isfinite(report["samples"][0]["frechet"])
+
+
+def test_guidance_above_what_was_trained_is_left_out(real):
+    rev, flow = tiny_pair()
+    config = dataclasses.replace(QUICK, guidances=(0.0, 3.0, 4.0))
+    assert [s["guidance"] for s in evaluate.evaluate_inverse(rev, flow, real, config)["samples"]] == [0.0, 3.0]
+
+
+def test_pairs_and_data_that_do_not_fit_are_refused(real):
+    rev, _ = tiny_pair()
+    with pytest.raises(ValueError, match="expected num_classes 3, got 10"):
+        evaluate.evaluate_inverse(rev, tiny_flow(num_classes=3), real, QUICK)
+    with pytest.raises(ValueError, match="expected img_size 16 as the model has, got 8"):
+        evaluate.check_data(tiny_flow(img_size=16), load(DataConfig()))
+
+
+def test_timing_has_every_way_and_counts_the_score_step():
+    rev, flow = tiny_pair()
+    report = evaluate.time_decoders(rev, flow, guidance=1.0, batches=(1, 4), repetitions=2)
+    for row, size in zip(report["batches"], (1, 4), strict=True):
+        assert row["batch_size"] == size
+        assert row["learned"] > 0
+        assert row["exact_op"] > row["exact_op_decode"] > 0
+        assert row["exact_eager"] > row["exact_eager_decode"] > 0
+
+
+def test_samples_that_overflowed_are_counted_not_hidden(real):
+    images = real.val_x.clone()
+    images[:5] = math.nan
+    entry = evaluate.describe_samples(images, real.val_y, real, 0.0)
+    right = (real.judge.predict(real.val_x[5:]) == real.val_y[5:]).sum() / len(images)
+    assert entry["non_finite"] == 5
+    assert entry["class_agreement"] == pytest.approx(float(right))
+    assert math.isfinite(entry["frechet"])
+    nothing = evaluate.describe_samples(torch.full_like(images, math.inf), real.val_y, real, 0.0)
+    assert (nothing["non_finite"], nothing["frechet"], nothing["pixel_std"]) == (60, None, None)
