@@ -97,7 +97,7 @@ def main() -> None:
         [int(b) for b in args.batches.split(",")] if args.batches else None,
         args.rounds,
     )
-    print(f"{'config':>6} {'batch':>5} {'ms':>9} {'us/step':>9} {'eager':>9} {'x eager':>8} {'GFLOP/s':>8} {'max diff':>9}")
+    print(f"{'config':>6} {'batch':>5} {'ms':>9} {'us/step':>9} {'eager':>9} {'x eager':>8} {'GFLOP/s':>8} {'diff':>9}")
     for r in rows:
         print(
             f"{r['config']:>6} {r['batch']:>5} {r['ms']:9.2f} {r['us_step']:9.1f} {r['eager_us_step']:9.1f} "

@@ -133,8 +133,7 @@ Tensor decode_block(Tensor z, Tensor packed, OptionalTensor added, OptionalTenso
                     OptionalTensor null_prefix, int64_t width, int64_t layers, int64_t head_dim, int64_t mlp_hidden,
                     std::string norm, std::string gate, bool qk_norm, bool rope, bool pos_embed, bool start_token,
                     bool shift_only, std::string layout, std::string scale, std::string clip, double clip_value,
-                    std::string clip_on, bool flip, double guidance, std::string guide, bool anneal,
-                    double attn_temp) {
+                    std::string clip_on, bool flip, double guidance, std::string guide, bool anneal, double attn_temp) {
   Tensor out = torch::stable::empty_like(z);
   decode_block_(z, packed, added, prefix, null_added, null_prefix, out, width, layers, head_dim, mlp_hidden, norm, gate,
                 qk_norm, rope, pos_embed, start_token, shift_only, layout, scale, clip, clip_value, clip_on, flip,

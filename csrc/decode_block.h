@@ -51,8 +51,8 @@ struct PackedLayer {
 };
 
 struct PackedBlock {
-  PackedLinear proj_in;                // (C, D)
-  PackedLayer layer;                   // of every layer, from its own start
+  PackedLinear proj_in;  // (C, D)
+  PackedLayer layer;     // of every layer, from its own start
   int64_t first_layer = 0, layer_size = 0;
   PackedLinear proj_out;               // (2D or D, C)
   int64_t pos_embed = 0;               // [T][padded C], rows in data order
@@ -68,7 +68,7 @@ PackedBlock packed_block(const BlockShape& s);
 // proj.weight, .bias, norm2.weight, [norm2.bias], fc1.weight, .bias, fc2.weight, .bias, and last proj_out.weight, .bias
 // ([] where configured); packed: packed_block(s).size floats, 64-byte aligned.
 void pack_block(const BlockShape& s, const float* const* source, float* packed);
-int64_t packed_sources(const BlockShape& s);                    // how many tensors that is
+int64_t packed_sources(const BlockShape& s);                     // how many tensors that is
 int64_t packed_source_size(const BlockShape& s, int64_t index);  // the number of elements of one
 
 // ---- One call: all T tokens of B samples.
@@ -76,18 +76,19 @@ struct DecodeBlockParams {
   BlockShape shape;
   AffineOptions affine;  // layout, scale, clip, flip; `causal` is not read. With shift_only: exp, scale 1
   int64_t B = 0;
-  int prefix_tokens = 0;              // S
-  const float* z = nullptr;           // (B, T, D)
-  const float* packed = nullptr;      // 64-byte aligned
-  const float* added = nullptr;       // (B, C) or null: added to every token
-  const float* prefix = nullptr;      // (B, S, C) or null: tokens before the first, without position
-  float* x = nullptr;                 // (B, T, D); may be z
-  bool guided = false;                // a second, unconditional pass beside the first:
-  const float* null_added = nullptr;  // (B, C) or null
-  const float* null_prefix = nullptr; // (B, S, C), null iff prefix is
-  float guidance = 0;                 // g: raw += g (raw - raw of the unconditional pass)
-  bool guide_a = true, guide_b = true, anneal = true;  // of the raw scale, of the raw shift; g n / max(T - 1, 1) for token n
-  float attn_temp = 1;                // divides the attention logits of the unconditional pass
+  int prefix_tokens = 0;               // S
+  const float* z = nullptr;            // (B, T, D)
+  const float* packed = nullptr;       // 64-byte aligned
+  const float* added = nullptr;        // (B, C) or null: added to every token
+  const float* prefix = nullptr;       // (B, S, C) or null: tokens before the first, without position
+  float* x = nullptr;                  // (B, T, D); may be z
+  bool guided = false;                 // a second, unconditional pass beside the first:
+  const float* null_added = nullptr;   // (B, C) or null
+  const float* null_prefix = nullptr;  // (B, S, C), null iff prefix is
+  float guidance = 0;                  // g: raw += g (raw - raw of the unconditional pass)
+  bool guide_a = true, guide_b = true,
+       anneal = true;   // of the raw scale, of the raw shift; g n / max(T - 1, 1) for token n
+  float attn_temp = 1;  // divides the attention logits of the unconditional pass
 };
 
 namespace cpu {

@@ -5,8 +5,8 @@
 
 namespace biflow::cpu::BIFLOW_ISA {
 
-// P(X <= x), X normal: erfc by exp of a polynomial where it is small, so that neither tail cancels. Within 2e-8 of exact
-// before rounding (minimax fits of erf(t) / t - 1 in t^2 on [0, 1] and of log erfc(t) / t on [1, 10]).
+// P(X <= x), X normal: erfc by exp of a polynomial where it is small, so that neither tail cancels. Within 2e-8 of
+// exact before rounding (minimax fits of erf(t) / t - 1 in t^2 on [0, 1] and of log erfc(t) / t on [1, 10]).
 inline vfloat normal_cdf(vfloat x) {
   const vfloat t = x * 0.707106781f;
   const vfloat s = t * t;
@@ -65,8 +65,7 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, f
   const float mean = sum_row(x, n, [](vfloat v) { return v; }) / n;
   const float variance = sum_row(x, n, [&](vfloat v) { return (v - mean) * (v - mean); }) / n;
   const float scale = 1.f / std::sqrt(variance + 1e-5f);
-  for (int i = 0; i < n; i += kLanes)
-    store(y + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
+  for (int i = 0; i < n; i += kLanes) store(y + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
 }
 
 inline void rms_norm(const float* x, const float* weight, float* y, int n) {

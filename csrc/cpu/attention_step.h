@@ -8,8 +8,8 @@ namespace biflow::cpu::BIFLOW_ISA {
 
 constexpr int kKeyBlock = 16;  // tokens
 
-// The cache of one sequence and head: keys in blocks of kKeyBlock tokens, each [d][kKeyBlock], so that a vector holds one
-// channel of neighbouring tokens and a block is read front to back; then values [token][d padded].
+// The cache of one sequence and head: keys in blocks of kKeyBlock tokens, each [d][kKeyBlock], so that a vector holds
+// one channel of neighbouring tokens and a block is read front to back; then values [token][d padded].
 struct CacheShape {
   int d = 0, d_padded = 0, key_blocks = 0, tokens = 0;
 
@@ -29,9 +29,12 @@ inline void append(const CacheShape& c, float* cache, int t, const float* key, c
   std::memcpy(cache + c.keys_size() + static_cast<int64_t>(t) * c.d_padded, value, sizeof(float) * c.d);
 }
 
-// out[d] = sum_t softmax_t(scale q . k_t) v_t over the tokens t < n; scores: scratch for n floats, rounded up to kKeyBlock
-inline void attend(const CacheShape& c, const float* cache, int n, const float* q, float scale, float* scores,
-                   float* out) {
+// out[d] = sum_t softmax_t(scale q . k_t) v_t over the tokens t < n; scores: scratch for n floats, rounded up to
+// kKeyBlock. Fetches 16 tokens ahead, at the end the first keys of `next`, the cache that is read after this one:
+// caches of many sequences are too scattered for the hardware to guess.
+inline void attend(const CacheShape& c, const float* cache, const float* next, int n, const float* q, float scale,
+                   float* scores, float* out) {
+  const float* values = cache + c.keys_size();
   constexpr int kVectors = kKeyBlock / kLanes;
   constexpr int kChains = kVectors == 4 ? 2 : 4;  // sums in flight per vector of tokens
   vint lane = {};
@@ -39,11 +42,13 @@ inline void attend(const CacheShape& c, const float* cache, int n, const float* 
   vfloat highest = broadcast(-std::numeric_limits<float>::infinity());
   for (int t = 0; t < n; t += kKeyBlock) {
     const float* k = cache + static_cast<int64_t>(t) * c.d;
+    const float* ahead = t + kKeyBlock < n ? k + c.d * kKeyBlock : values;
     vfloat sum[kChains][kVectors] = {};
     int i = 0;
     for (; i + kChains <= c.d; i += kChains)
 #pragma GCC unroll 4
       for (int j = 0; j < kChains; ++j) {
+        __builtin_prefetch(ahead + (i + j) * kKeyBlock);
         const vfloat qi = broadcast(q[i + j]);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[j][v] += qi * load(k + (i + j) * kKeyBlock + v * kLanes);
@@ -68,20 +73,26 @@ inline void attend(const CacheShape& c, const float* cache, int n, const float* 
   }
   const float inverse = 1.f / reduce_add(total);
 
-  const float* values = cache + c.keys_size();
-  constexpr int kWide = 4;  // vectors of channels at a time
+  constexpr int kWide = 4, kLineFloats = 16;  // vectors of channels at a time; floats in a cache line
   int i = 0;
   for (; i + kWide * kLanes <= c.d_padded; i += kWide * kLanes) {
     vfloat sum[kWide] = {};
     for (int t = 0; t < n; ++t) {
       const vfloat w = broadcast(scores[t]);
+      const float* ahead = t + kKeyBlock < n ? values + static_cast<int64_t>(t + kKeyBlock) * c.d_padded
+                                             : next + static_cast<int64_t>(t + kKeyBlock - n) * c.d_padded;
 #pragma GCC unroll 4
-      for (int j = 0; j < kWide; ++j) sum[j] += w * load(values + static_cast<int64_t>(t) * c.d_padded + i + j * kLanes);
+      for (int j = 0; j < kWide * kLanes; j += kLineFloats) __builtin_prefetch(ahead + i + j);
+#pragma GCC unroll 4
+      for (int j = 0; j < kWide; ++j)
+        sum[j] += w * load(values + static_cast<int64_t>(t) * c.d_padded + i + j * kLanes);
     }
     for (int j = 0; j < kWide; ++j) {
       const int rest = c.d - i - j * kLanes;
-      if (rest >= kLanes) store(out + i + j * kLanes, sum[j] * inverse);
-      else if (rest > 0) store_partial(out + i + j * kLanes, sum[j] * inverse, rest);
+      if (rest >= kLanes)
+        store(out + i + j * kLanes, sum[j] * inverse);
+      else if (rest > 0)
+        store_partial(out + i + j * kLanes, sum[j] * inverse, rest);
     }
   }
   for (; i < c.d; i += kLanes) {

@@ -137,9 +137,9 @@ class Decoder {
     }
   }
 
-  // The next `count` tokens of every sequence, at the cache's positions from `position` on: h in, h out. Row q * count + i
-  // is token i of sequence q. rope_row: the row of the rotation tables, -1 for the prefix, which is not rotated and of
-  // which the last layer needs keys and values only.
+  // The next `count` tokens of every sequence, at the cache's positions from `position` on: h in, h out. Row q * count
+  // + i is token i of sequence q. rope_row: the row of the rotation tables, -1 for the prefix, which is not rotated and
+  // of which the last layer needs keys and values only.
   void run_layers(int position, int count, int rope_row) {
     const int rows = sequences_ * count;
     for (int j = 0; j < s_.layers; ++j) {
@@ -181,7 +181,10 @@ class Decoder {
         }
         float* cache = caches_ + ((static_cast<int64_t>(j) * sequences_ + sequence) * heads + head) * cache_.size();
         append(cache_, cache, position + i, k, v);
-        if (!keys_only) attend(cache_, cache, position + i + 1, q, scale, scores_, attended_ + row * width_ + head * d);
+        if (keys_only) continue;
+        // heads and sequences lie one after the other; the last one's `next` is not read, only fetched
+        attend(cache_, cache, cache + cache_.size(), position + i + 1, q, scale, scores_,
+               attended_ + row * width_ + head * d);
       }
     }
   }
@@ -226,7 +229,7 @@ class Decoder {
   float* hidden_ = nullptr;    // [rows][F or 2F]
   float* raw_ = nullptr;       // [sequences][2D or D]
   float *a_ = nullptr, *b_ = nullptr, *scores_ = nullptr;
-  float* caches_ = nullptr;    // [layer][sequence][head][cache_.size()]
+  float* caches_ = nullptr;  // [layer][sequence][head][cache_.size()]
 };
 
 }  // namespace

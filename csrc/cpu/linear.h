@@ -1,8 +1,8 @@
 // out = x W^T + bias for packed weights (layout in decode_block.h): column panels that are read once, front to back,
 // for up to kTileRows rows at a time.
 //
-// Every output is summed in the same order whatever the tile it is computed in: blocks of kSumBlock products, in order of
-// k, then the blocks in order. So a row's result does not depend on the rows beside it, and long sums stay accurate.
+// Every output is summed in the same order whatever the tile it is computed in: blocks of kSumBlock products, in order
+// of k, then the blocks in order. So a row's result does not depend on the rows beside it, and long sums stay accurate.
 #pragma once
 
 #include "cpu/simd.h"
@@ -10,7 +10,7 @@
 
 namespace biflow::cpu::BIFLOW_ISA {
 
-constexpr int kTileRows = 6;   // 6 rows x 4 vectors of sums fill the 32 AVX-512 registers; 6 x 2 the 16 of AVX2 and SSE
+constexpr int kTileRows = 6;  // 6 rows x 4 vectors of sums fill the 32 AVX-512 registers; 6 x 2 the 16 of AVX2 and SSE
 constexpr int kSumBlock = 128;
 
 // vectors of columns that a tile of `rows` rows holds sums for: few rows take more, to keep enough sums in flight
@@ -35,8 +35,8 @@ __attribute__((always_inline)) inline void add_products(vfloat (&sum)[Rows][Vect
 }
 
 template <Write write, int Rows, int Vectors>
-void linear_tile(const float* weight, const float* bias, int panel, int in, const float* x, int64_t x_stride, float* out,
-                 int64_t out_stride) {
+void linear_tile(const float* weight, const float* bias, int panel, int in, const float* x, int64_t x_stride,
+                 float* out, int64_t out_stride) {
   vfloat total[Rows][Vectors] = {};
   add_products(total, x, x_stride, weight, panel, in < kSumBlock ? in : kSumBlock);
   for (int k = kSumBlock; k < in; k += kSumBlock) {
@@ -56,8 +56,8 @@ void linear_tile(const float* weight, const float* bias, int panel, int in, cons
 
 // Rows rows of one panel of `panel` columns
 template <Write write, int Rows>
-void linear_rows(const float* weight, const float* bias, int panel, int in, const float* x, int64_t x_stride, float* out,
-                 int64_t out_stride) {
+void linear_rows(const float* weight, const float* bias, int panel, int in, const float* x, int64_t x_stride,
+                 float* out, int64_t out_stride) {
   constexpr int kWide = tile_vectors(Rows), kNarrow = kColumnGroup / kLanes > 2 ? 2 : kColumnGroup / kLanes;
   int c = 0;
   for (; c + kWide * kLanes <= panel; c += kWide * kLanes)
@@ -66,10 +66,11 @@ void linear_rows(const float* weight, const float* bias, int panel, int in, cons
     linear_tile<write, Rows, kNarrow>(weight + c, bias + c, panel, in, x, x_stride, out + c, out_stride);
 }
 
-// x (rows, in) -> out (rows, padded_columns(linear.out)): set or added to. The padding columns come out as 0 (or unchanged).
+// x (rows, in) -> out (rows, padded_columns(linear.out)): set or added to. The padding columns come out as 0 (or
+// unchanged).
 template <Write write>
-void linear(const float* packed, const PackedLinear& at, const float* x, int64_t x_stride, float* out, int64_t out_stride,
-            int rows) {
+void linear(const float* packed, const PackedLinear& at, const float* x, int64_t x_stride, float* out,
+            int64_t out_stride, int rows) {
   const float* bias = packed + at.bias;
   const int columns = padded_columns(at.out);
   for (int c = 0; c < columns; c += kPanelColumns) {
@@ -77,16 +78,26 @@ void linear(const float* packed, const PackedLinear& at, const float* x, int64_t
     const float* weight = packed + at.weight + static_cast<int64_t>(c) * at.in;
     int r = 0;
     for (; r + kTileRows <= rows; r += kTileRows)
-      linear_rows<write, kTileRows>(weight, bias + c, panel, at.in, x + r * x_stride, x_stride, out + r * out_stride + c,
-                                    out_stride);
+      linear_rows<write, kTileRows>(weight, bias + c, panel, at.in, x + r * x_stride, x_stride,
+                                    out + r * out_stride + c, out_stride);
     const float* xr = x + r * x_stride;
     float* o = out + r * out_stride + c;
     switch (rows - r) {
-      case 1: linear_rows<write, 1>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride); break;
-      case 2: linear_rows<write, 2>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride); break;
-      case 3: linear_rows<write, 3>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride); break;
-      case 4: linear_rows<write, 4>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride); break;
-      case 5: linear_rows<write, 5>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride); break;
+      case 1:
+        linear_rows<write, 1>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride);
+        break;
+      case 2:
+        linear_rows<write, 2>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride);
+        break;
+      case 3:
+        linear_rows<write, 3>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride);
+        break;
+      case 4:
+        linear_rows<write, 4>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride);
+        break;
+      case 5:
+        linear_rows<write, 5>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride);
+        break;
     }
   }
 }
