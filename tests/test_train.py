@@ -229,7 +229,7 @@ def test_alignment_loss_and_its_gradient_follow_the_formula(images, alignment):
     assert terms.keys() == errors.keys() == {"output", "state_0", "state_1"}
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     for name, error in errors.items():
-        assert float(terms[name]) == pytest.approx(float(error), rel=1e-5)
+        assert terms[name].item() == pytest.approx(error.item(), rel=1e-5)
         assert not terms[name].requires_grad
     for (name, _), got, expected in zip(
         inverse.named_parameters(), gradients, torch.autograd.grad(want, list(inverse.parameters())), strict=True
