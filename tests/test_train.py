@@ -197,10 +197,10 @@ def plain_alignment(config, flow, inverse, x, y, seed):
             squares = (mixed - target[b].detach()) ** 2
             if a.normalize == "token_rms":
                 squares = torch.stack(
-                    [s / max(float((t**2).mean()), 0.01) for s, t in zip(squares, target[b], strict=True)]
+                    [s / max((t**2).mean().item(), 0.01) for s, t in zip(squares, target[b], strict=True)]
                 )
             elif a.normalize == "mean_square":
-                squares = squares / max(float((target[b] ** 2).mean()), 0.01)
+                squares = squares / max((target[b] ** 2).mean().item(), 0.01)
             means.append(squares.mean())
             adaptive = (squares.sum().item() + a.adaptive_constant) ** -a.adaptive_power
             losses.append(adaptive * squares.sum() if a.adaptive_power else squares.mean())
