@@ -197,10 +197,10 @@ def plain_alignment(config, flow, inverse, x, y, seed):
             squares = (mixed - target[b].detach()) ** 2
             if a.normalize == "token_rms":
                 squares = torch.stack(
-                    [s / max(float((t**2).mean()), 0.01) for s, t in zip(squares, target[b], strict=True)]
+                    [s / max((t**2).mean().item(), 0.01) for s, t in zip(squares, target[b], strict=True)]
                 )
             elif a.normalize == "mean_square":
-                squares = squares / max(float((target[b] ** 2).mean()), 0.01)
+                squares = squares / max((target[b] ** 2).mean().item(), 0.01)
             means.append(squares.mean())
             adaptive = (squares.sum().item() + a.adaptive_constant) ** -a.adaptive_power
             losses.append(adaptive * squares.sum() if a.adaptive_power else squares.mean())
@@ -229,7 +229,7 @@ def test_alignment_loss_and_its_gradient_follow_the_formula(images, alignment):
     assert terms.keys() == errors.keys() == {"output", "state_0", "state_1"}
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     for name, error in errors.items():
-        assert float(terms[name]) == pytest.approx(float(error), rel=1e-5)
+        assert terms[name].item() == pytest.approx(error.item(), rel=1e-5)
         assert not terms[name].requires_grad
     for (name, _), got, expected in zip(
         inverse.named_parameters(), gradients, torch.autograd.grad(want, list(inverse.parameters())), strict=True
