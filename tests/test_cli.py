@@ -148,7 +148,7 @@ BAD = {
     "wrong stage": ("train digits_inverse --out {new}", "expected a configuration of stage 'flow', got 'inverse'"),
     "unknown field": ("train digits_flow model.widht=3 --out {new}", "unknown field 'widht'; expected one of"),
     "wrong value": ("train digits_flow optim.lr=fast --out {new}", "lr: expected float, got str 'fast'"),
-    "impossible value": ("train digits_flow model.width=100 --out {new}", "expected a multiple of head_dim 64, got 100"),
+    "impossible value": ("train digits_flow model.width=100 --out {new}", "a multiple of head_dim 64, got 100"),
     "not an override": ("train digits_flow width --out {new}", "expected key=value, got 'width'"),
     "data of another size": ("train digits_flow model.img_size=16 --out {new}", "expected img_size 8"),
     "no such data": ("train digits_flow data.source=none.npz --out {new}", "none.npz: no such file"),

@@ -25,7 +25,7 @@ def train(config: Config, out: Out, overrides: Overrides = None, resume: Resume 
     from biflow.train import train_flow
 
     train_flow(presets.training(config, overrides or (), "flow"), out, resume=resume, progress=not quiet)
-    typer.echo(f"{out}/model.safetensors: trained; next: biflow sample {out}, or biflow distill --flow {out}")
+    typer.echo(f"{out}/model.safetensors: trained; next: biflow sample {out}")
 
 
 def distill(
