@@ -261,8 +261,9 @@ def decode_block(
     are kept, so a step costs one token. fp32 on the CPU; each sample's result is bitwise the same in any batch and for
     any number of threads.
 
-    z: (B, T, D) float32. weights: from `pack_block`. y: (B,) int64, -1 (or y=None) is the mean over the classes; the
-    range is the caller's to check. context: (B, S, C), already at the block's width, before the tokens.
+    z: (B, T, D) float32. weights: from `pack_block`; config: the one they were packed for. y: (B,) int64, -1 (or
+    y=None) is the mean over the classes; the range is the caller's to check. context: (B, S, C), already at the block's
+    width, before the tokens.
     guidance g > 0: a second, unconditional pass (mean class, null_context (S, C) or (B, S, C)), whose attention logits
     are divided by attn_temp; before clip and scale map raw_a += g (raw_a - raw_a of that pass) if 'a' is in guide, and
     likewise b. anneal: g n / max(T - 1, 1) in place of g for token n.
