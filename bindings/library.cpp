@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(biflow, m) {
       "pack_block(Tensor[] weights, *, int tokens, int channels, int width, int layers, int head_dim, int mlp_hidden, "
       "str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, bool shift_only) -> Tensor");
   m.def(
-      "decode_block(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, *, "
+      "decode_block(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, "
+      "*, "
       "int width, int layers, int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, bool rope, "
       "bool pos_embed, bool start_token, bool shift_only, str layout, str scale, str clip, float clip_value, "
       "str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> Tensor");

@@ -7,13 +7,17 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build and CPU information of biflow";
-  m.def("build_info", [] {
-    py::dict d;
-    d["version"] = BIFLOW_VERSION;
-    d["compiler"] = __VERSION__;
-    d["instruction_sets"] = py::str(BIFLOW_ISAS).attr("split")();
-    return d;
-  }, "dict: version, compiler, instruction_sets compiled in");
-  m.def("best_isa", [] { return biflow::cpu::isa_name(biflow::cpu::best_isa()); },
-        "str: the instruction set that kernels use on this CPU");
+  m.def(
+      "build_info",
+      [] {
+        py::dict d;
+        d["version"] = BIFLOW_VERSION;
+        d["compiler"] = __VERSION__;
+        d["instruction_sets"] = py::str(BIFLOW_ISAS).attr("split")();
+        return d;
+      },
+      "dict: version, compiler, instruction_sets compiled in");
+  m.def(
+      "best_isa", [] { return biflow::cpu::isa_name(biflow::cpu::best_isa()); },
+      "str: the instruction set that kernels use on this CPU");
 }

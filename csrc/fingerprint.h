@@ -8,7 +8,8 @@ namespace biflow {
 
 constexpr int kFingerprintSamples = 64;
 
-// FNV-1a over up to kFingerprintSamples words of 4 bytes, spread evenly over data[bytes] with both ends; seed chains arrays.
+// FNV-1a over up to kFingerprintSamples words of 4 bytes, spread evenly over data[bytes] with both ends; seed chains
+// arrays.
 inline uint64_t fingerprint(const void* data, int64_t bytes, uint64_t seed) {
   const auto add = [&seed](uint64_t word) { seed = (seed ^ word) * 0x100000001b3ull; };
   const int64_t words = bytes / 4, count = words < kFingerprintSamples ? words : kFingerprintSamples;

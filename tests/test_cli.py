@@ -153,7 +153,7 @@ BAD = {
     "data of another size": ("train digits_flow model.img_size=16 --out {new}", "expected img_size 8"),
     "no such data": ("train digits_flow data.source=none.npz --out {new}", "none.npz: no such file"),
     "folder in use": ("train digits_flow --out {runs}/flow", "the folder is not empty"),
-    "resume with other settings": ("train digits_flow --out {runs}/flow --resume", "the run to resume has model.width"),
+    "other settings": ("train digits_flow --out {runs}/flow --resume", "the run to resume has model.width"),
     "no such checkpoint": ("sample none.safetensors", "none.safetensors: no such file"),
     "unfinished run": ("sample {tmp}", "expected a finished run with model.safetensors"),
     "foreign checkpoint": ("sample {tmp}/broken.yaml", "expected a complete safetensors file"),

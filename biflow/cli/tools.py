@@ -1,7 +1,6 @@
 """`biflow bench`: the kernel benchmarks of a source checkout."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,9 @@ OPS = ("affine", "decode_block", "attention")
 def bench(
     op: Annotated[str | None, typer.Option("--op", metavar="|".join(OPS), help="The op.  [default: all]")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few cases, few repetitions.")] = False,
-    out: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the rows as JSON.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the machine and the rows as JSON.")
+    ] = None,
 ) -> None:
     """Time kernels against eager PyTorch and against what the machine can do.
 
@@ -34,7 +35,7 @@ def bench(
         for line in _table(found):
             typer.echo(line)
     if path is not None:
-        path.write_text(json.dumps(rows, indent=2) + "\n")
+        importlib.import_module("timing").write_json(path, rows)
 
 
 def _benchmark(op: str):

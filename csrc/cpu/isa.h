@@ -6,28 +6,39 @@ namespace biflow::cpu {
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
 
-Isa best_isa();                      // the best one that this CPU and this build have
-Isa active_isa();                    // the one that kernels run with: best_isa() unless a test forced another
-bool force_isa(const char* name);    // for tests; false when the name is unknown or the CPU lacks it
+Isa best_isa();                    // the best one that this CPU and this build have
+Isa active_isa();                  // the one that kernels run with: best_isa() unless a test forced another
+bool force_isa(const char* name);  // for tests; false when the name is unknown or the CPU lacks it
 const char* isa_name(Isa isa);
 
 }  // namespace biflow::cpu
 
 // Declares `void name params` for each instruction set, and a function of the same name that calls the active one.
 #ifdef BIFLOW_X86
-#define BIFLOW_CPU_KERNEL(name, params, args)                  \
-  namespace portable { void name params; }                     \
-  namespace avx2 { void name params; }                         \
-  namespace avx512 { void name params; }                       \
-  inline void name params {                                    \
-    switch (active_isa()) {                                    \
-      case Isa::avx512: return avx512::name args;              \
-      case Isa::avx2: return avx2::name args;                  \
-      default: return portable::name args;                     \
-    }                                                          \
+#define BIFLOW_CPU_KERNEL(name, params, args) \
+  namespace portable {                        \
+  void name params;                           \
+  }                                           \
+  namespace avx2 {                            \
+  void name params;                           \
+  }                                           \
+  namespace avx512 {                          \
+  void name params;                           \
+  }                                           \
+  inline void name params {                   \
+    switch (active_isa()) {                   \
+      case Isa::avx512:                       \
+        return avx512::name args;             \
+      case Isa::avx2:                         \
+        return avx2::name args;               \
+      default:                                \
+        return portable::name args;           \
+    }                                         \
   }
 #else
-#define BIFLOW_CPU_KERNEL(name, params, args)                  \
-  namespace portable { void name params; }                     \
+#define BIFLOW_CPU_KERNEL(name, params, args) \
+  namespace portable {                        \
+  void name params;                           \
+  }                                           \
   inline void name params { portable::name args; }
 #endif
