@@ -15,9 +15,7 @@ OPS = ("affine", "decode_block", "attention")
 def bench(
     op: Annotated[str | None, typer.Option("--op", metavar="|".join(OPS), help="The op.  [default: all]")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few cases, few repetitions.")] = False,
-    out: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Also write the machine and the rows as JSON.")
-    ] = None,
+    out: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write rows and machine.")] = None,
 ) -> None:
     """Time kernels against eager PyTorch and against what the machine can do.
 
