@@ -44,7 +44,7 @@ From z to a clean image, block by block, without guidance: exact, and as the lea
 - class agreement: share of {default["count"]} conditional samples that the classifier recognises as their class.
 - Frechet: distance between the classifier's features of samples and of real training images
   (real held-out images: {_number(data["frechet_held_out"])}); lower is better.
-- mean, std: pixel mean / real mean - 1 and pixel std / real std - 1, of pixels in [-1, 1].
+- mean, std: pixel mean / real mean - 1 and pixel std / real std - 1, of samples clamped to [-1, 1].
 - distance: root mean square difference between learned and exact output from the same z, class and guidance.
 - Samples with non-finite pixels: exact {sum(s["non_finite"] for s in exact["samples"])},
   learned {sum(s["non_finite"] for s in learned["samples"])}.

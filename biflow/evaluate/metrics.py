@@ -186,11 +186,14 @@ def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance:
     non_finite: samples with NaN or infinite pixels; they agree with no class, the other numbers leave them out.
     frechet: `frechet_distance` between the classifier's features of samples and of real training images.
     class_agreement: share of samples that the classifier recognises as the class they were drawn for.
-    pixel_mean_difference, pixel_std_difference: mean / real mean - 1 and std / real std - 1, over all pixels in [-1, 1]
-        of all images. The first is large for data whose mean is near the middle gray, 0.
+    pixel_mean_difference, pixel_std_difference: mean / real mean - 1 and std / real std - 1, over all pixels of all
+        images. The first is large for data whose mean is near the middle gray, 0.
+    unclamped_std_difference: the same of the samples as they came; all other numbers are of samples clamped to [-1, 1],
+        as they are looked at and stored.
     """
     count, ok = len(images), _finite_rows(images)
-    images = images[ok]
+    unclamped_std = _std(images[ok])
+    images = images[ok].clamp(-1, 1)
     agreement = None
     if real.judge and y is not None:
         agreement = float((real.judge.predict(images) == y[ok]).double().sum() / count)
@@ -205,6 +208,7 @@ def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance:
         "pixel_mean_difference": _relative(mean, _mean(real.train_x)),
         "pixel_std": std,
         "pixel_std_difference": _relative(std, _std(real.train_x)),
+        "unclamped_std_difference": _relative(unclamped_std, _std(real.train_x)),
     }
 
 
