@@ -1,4 +1,4 @@
-"""Pictures: grids of samples, trajectories from noise to data, training curves. Needs Pillow and Matplotlib."""
+"""Pictures: grids of samples, trajectories from noise to data, training curves (these need Matplotlib)."""
 
 import json
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def trajectories(
     """
     patch, classes = flow.config.patch_size, flow.config.num_classes
     strength = Guidance(guidance if classes else 0.0)
-    x = z * flow.var.sqrt() if flow.config.shift_only else z
+    x = z * flow.var.sqrt()
     exact = [z]
     for block in reversed(flow.blocks):
         x = block.decode_sequential(x, y if classes else None, None, strength)
