@@ -5,6 +5,7 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from tiny import BATCH, VARIANTS, images, make_condition, make_flow, noise
@@ -234,6 +235,24 @@ def test_sampling_works_without_gradients(mode):
         assert torch.equal(built_inside.sample(3, y, context, generator=torch.Generator().manual_seed(1)), got)
     assert torch.equal(got, want)
     assert all(p.grad is None for p in flow.parameters())
+
+
+@pytest.mark.parametrize("options", [{"generator": 3}, {"denoise": "no"}, {"denoise": 1}], ids=str)
+def test_sample_refuses(options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))}: expected .* got (int|str)"):
+        make_flow(noise_std=0.2).sample(1, **options)
+
+
+def test_sample_takes_a_count_of_numpy():
+    assert make_flow().sample(np.int64(2)).shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize("call", ["encode", "decode", "denoise"])
+def test_a_device_without_kernels_is_refused(call):
+    flow = make_flow(noise_std=0.2).to("meta")
+    x = torch.zeros(1, 4, 4, device="meta") if call == "decode" else torch.zeros(1, 1, 4, 4, device="meta")
+    with pytest.raises(ValueError, match="expected a model on cpu: this build has no kernels for meta"):
+        getattr(flow, call)(x)
 
 
 def test_a_diverged_sample_does_not_spoil_the_others():

@@ -84,9 +84,7 @@ class TarFlowConfig:
             raise ValueError(f"layers_per_block: expected {self.num_blocks} numbers (num_blocks), got {len(layers)}")
         for count in layers if isinstance(layers, tuple) else (layers,):
             check_size("layers_per_block", count)
-        check_transformer(
-            self.width, self.head_dim, self.mlp_ratio, self.norm, self.gate, largest_head=LARGEST_HEAD
-        )
+        check_transformer(self.width, self.head_dim, self.mlp_ratio, self.norm, self.gate, largest_head=LARGEST_HEAD)
         for name in ("num_classes", "class_tokens", "context_dim"):
             check_size(name, getattr(self, name), 0)
         check_number("noise_std", self.noise_std, minimum=0)

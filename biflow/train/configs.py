@@ -57,7 +57,8 @@ class RunConfig:
     validate_images: at most so many held-out images, evenly spread, are used in a validation.
     keep: number of newest checkpoints kept.
     precision: "fp32", or "bf16" for autocast (weights and optimizer stay fp32).
-    device: where to train, one that the ops have kernels for. threads: CPU threads (None: as torch has it); another number may change the last bits.
+    device: where to train, one that the ops have kernels for.
+    threads: CPU threads (None: as torch has it); another number may change the last bits.
     tensorboard: also write TensorBoard event files.
     """
 
