@@ -1,5 +1,6 @@
 """Every command on tiny runs, and what wrong input is answered with."""
 
+import functools
 import json
 import shutil
 import signal
@@ -13,7 +14,7 @@ import torch
 import yaml
 
 import biflow
-from biflow import cli, presets
+from biflow import cli, evaluate, presets
 from biflow.cli.common import data_config
 from biflow.train import trainer
 
@@ -122,7 +123,9 @@ def test_sample_png_is_a_grid(runs, tmp_path):
         assert image.std() > 1
 
 
-def test_evaluate_flow_and_inverse(runs, tmp_path, capsys):
+def test_evaluate_flow_and_inverse(runs, tmp_path, capsys, monkeypatch):
+    short = functools.partial(evaluate.EvaluationConfig, judge_steps=60)
+    monkeypatch.setattr(evaluate, "EvaluationConfig", short)
     small = ["--samples", "40", "--guidance", "0", "--guidance", "1"]
     assert cli.main(["evaluate", f"{runs}/flow", *small]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -118,7 +118,7 @@ def test_real_images_pass_for_real_and_noise_does_not(real):
     rubbish = evaluate.describe_samples(torch.randn_like(real.val_x), real.val_y, real, 0.0)
     assert truth["class_agreement"] == real.judge.held_out_accuracy > rubbish["class_agreement"] + 0.4
     assert truth["frechet"] < 0.5 * rubbish["frechet"]
-    assert abs(truth["pixel_std_difference"]) < 0.1 < rubbish["pixel_std_difference"]
+    assert abs(truth["unclamped_std_difference"]) < 0.1 < rubbish["unclamped_std_difference"]
 
 
 def test_metrics_of_a_flow(real):

@@ -16,7 +16,7 @@ TEXT = (ROOT / "README.md").read_text()
 # What makes a README command small, put after it.
 SMALL = ["model.width=32", "model.head_dim=16", "model.num_blocks=2", "optim.steps=2", "optim.batch_size=8"]
 SMALL += ["optim.warmup_steps=1", "run.tensorboard=false", "run.threads=1"]
-TINY = {"train": SMALL, "distill": SMALL, "demo": ["--quick"], "bench": ["--quick"]}
+TINY = {"train": SMALL, "distill": SMALL, "demo": ["--quick"], "bench": ["--quick"], "evaluate": ["--samples", "40"]}
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:
