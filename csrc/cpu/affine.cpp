@@ -292,10 +292,8 @@ class Chunk {
       if (pairs) {
         unpack_pairs(from, first, second, n);
       } else {
-        // offsets, not pointers: the limit may lie before the array
-        const int64_t limit = p.B * p.T * 2 * D - whole_vectors<S>(q.channels), start = from - params;
-        for (int64_t i = 0; i < hi - lo; ++i) {
-          const int64_t at = start + i * 2 * D;
+        const int64_t limit = p.B * p.T * 2 * D - whole_vectors<S>(q.channels);  // may be negative
+        for (int64_t i = 0, at = from - params; i < hi - lo; ++i, at += 2 * D) {
           copy_row<S>(params + at, first + i * D, q.channels, at <= limit);
           copy_row<S>(params + at + D, second + i * D, q.channels, at + D <= limit);
         }
@@ -328,8 +326,7 @@ class Chunk {
     if (pairs) return pack_pairs(first, second, to, (hi - lo) * q.channels);
     // ascending, so that what a vector writes too far is overwritten by its owner; nothing past the piece's last row
     const int64_t limit = q.channels == D ? (hi - lo) * 2 * D - whole_vectors<S>(D) : -1;
-    for (int64_t i = 0; i < hi - lo; ++i) {
-      const int64_t at = i * 2 * D;
+    for (int64_t i = 0, at = 0; i < hi - lo; ++i, at += 2 * D) {
       copy_row<S>(first + i * D, to + at, q.channels, at <= limit);
       copy_row<S>(second + i * D, to + at + D, q.channels, at + D <= limit);
     }
