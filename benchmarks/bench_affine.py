@@ -4,15 +4,14 @@ Bytes by the model of one pass: encode and decode move 4 N elements (data in, pa
 (data, params and gradient in; gradients of data and params out). The limit is a torch copy that moves as many bytes
 with as many threads.
 
-    python benchmarks/bench_affine.py [--quick] [--threads N] [--json PATH]
+    python -m benchmarks.bench_affine [--quick] [--threads N] [--json PATH]
 """
 
-import argparse
-
 import torch
-from timing import copy_function, interleaved, keep_memory, write_json
 
 from biflow import ops, reference
+
+from .timing import copy_function, interleaved, keep_memory, main
 
 # (B, T, D), dtype of data, dtype of params, options. fp32: 4 N elements are 0.8 MB (L2), 13 MB (L3), 100 MB (memory)
 F32, BF16 = torch.float32, torch.bfloat16
@@ -87,24 +86,5 @@ def run(quick: bool = False, rounds: int | None = None) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three cases, encode only: under 10 s")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
-    parser.add_argument("--json", help="write the rows and the machine to this file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = run(args.quick)
-    print(f"{'op':24}{'case':24}{'MB':>7}{'us':>10}{'GB/s':>7}{'copy':>7}{'% copy':>8}{'x eager':>9}")
-    for r in rows:
-        print(
-            f"{r['op']:24}{r['case']:24}{r['mb']:7.1f}{r['us']:10.1f}{r['gb_s']:7.1f}{r['copy_gb_s']:7.1f}"
-            f"{r['percent_of_copy']:8.0f}{r['x_eager']:9.1f}"
-        )
-    if args.json:
-        write_json(args.json, rows)
-
-
 if __name__ == "__main__":
-    main()
+    main(run, __doc__)

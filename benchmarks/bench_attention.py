@@ -3,15 +3,14 @@
 Work: 4 B H T^2 d floating-point operations (q k^T and p v), half of it when causal. The limit is a torch matmul of the
 same dtype on the same threads.
 
-    python benchmarks/bench_attention.py [--quick] [--threads N] [--json PATH]
+    python -m benchmarks.bench_attention [--quick] [--threads N] [--json PATH]
 """
 
-import argparse
-
 import torch
-from timing import interleaved, write_json
 
 from biflow import ops, reference
+
+from .timing import interleaved, main
 
 # (B, H, T, d), causal: the parallel passes of the configurations S, M, L and iTARFlow-B/2
 CASES = [
@@ -66,24 +65,5 @@ def run(quick: bool = False) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two cases")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
-    parser.add_argument("--json", help="write the rows and the machine to this file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = run(args.quick)
-    print(f"{'case':14}{'us':>10}{'GFLOP/s':>9}{'matmul':>8}{'% matmul':>10}{'x eager':>9}")
-    for r in rows:
-        print(
-            f"{r['case']:14}{r['us']:10.1f}{r['gflop_s']:9.1f}{r['matmul_gflop_s']:8.1f}"
-            f"{r['percent_of_matmul']:10.0f}{r['x_eager']:9.1f}"
-        )
-    if args.json:
-        write_json(args.json, rows)
-
-
 if __name__ == "__main__":
-    main()
+    main(run, __doc__)

@@ -1,5 +1,6 @@
-"""Timing for the benchmarks: interleaved medians, the machine's copy bandwidth, and what machine it was."""
+"""What benchmarks share: interleaved medians, the machine's copy bandwidth, what machine it was, the command line."""
 
+import argparse
 import ctypes
 import datetime
 import json
@@ -99,3 +100,38 @@ def write_json(path: str | Path, rows: list[dict]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine_info(), "rows": rows}, indent=1) + "\n")
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Lines of a table with a column for every key, as wide as its values."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *[[_cell(row.get(column)) for column in columns] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def main(run: Callable[..., list[dict]], description: str, **lists: type) -> None:
+    """The command line of a benchmark: prints the rows of run(quick=..., **lists).
+
+    lists: further options of `run` that take comma-separated values, name -> type of one.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few cases, few repetitions")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
+    parser.add_argument("--json", help="write the rows and the machine to this file")
+    for name in lists:
+        parser.add_argument(f"--{name}", help="comma-separated")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    given = {name: getattr(args, name) for name in lists}
+    rows = run(quick=args.quick, **{k: [lists[k](v) for v in text.split(",")] for k, text in given.items() if text})
+    print("\n".join(table(rows)))
+    if args.json:
+        write_json(args.json, rows)

@@ -10,23 +10,14 @@
 #include <string>
 #include <tuple>
 
+#include "options.h"
+
 namespace {
 
 using biflow::AffineParams;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-template <class Enum>
-Enum choose(const char* what, const std::string& name, std::initializer_list<const char*> names) {
-  int i = 0;
-  for (const char* n : names) {
-    if (name == n) return static_cast<Enum>(i);
-    ++i;
-  }
-  STD_TORCH_CHECK(false, "affine: unknown ", what, " ", name);
-  return Enum{};
-}
 
 biflow::DType dtype_of(const char* what, const Tensor& t) {
   switch (t.scalar_type()) {
@@ -46,15 +37,8 @@ biflow::DType dtype_of(const char* what, const Tensor& t) {
 
 biflow::AffineOptions make_options(const std::string& layout, const std::string& scale, const std::string& clip,
                                    double clip_value, const std::string& clip_on, bool causal, bool flip) {
-  biflow::AffineOptions o;
-  o.layout = choose<biflow::Layout>("layout", layout, {"scale_shift", "shift_scale", "interleaved"});
-  o.scale = choose<biflow::ScaleMap>("scale", scale, {"exp", "softplus", "sigmoid"});
-  o.clip = choose<biflow::Clip>("clip", clip, {"none", "hard", "tanh"});
-  STD_TORCH_CHECK(o.clip == biflow::Clip::none || clip_value > 0, "affine: clip_value must be > 0, got ", clip_value);
-  o.clip_value = clip_value;
-  o.clip_on = choose<biflow::ClipOn>("clip_on", clip_on, {"both", "scale"});
+  biflow::AffineOptions o = biflow::parse_affine("affine", layout, scale, clip, clip_value, clip_on, flip);
   o.causal = causal;
-  o.flip = flip;
   return o;
 }
 

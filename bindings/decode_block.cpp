@@ -8,21 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "options.h"
+
 namespace {
 
 using biflow::BlockShape;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-template <class Enum>
-Enum parse(const char* what, const std::string& name, std::initializer_list<const char*> names) {
-  int i = 0;
-  for (const char* n : names) {
-    if (name == n) return static_cast<Enum>(i);
-    ++i;
-  }
-  STD_TORCH_CHECK(false, "decode_block: unknown ", what, " ", name);
-}
 
 void check_tensor(const char* what, const Tensor& t, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, "decode_block: ", what, " must be float32");
@@ -44,8 +36,8 @@ BlockShape make_shape(int64_t tokens, int64_t channels, int64_t width, int64_t l
   s.tokens = static_cast<int>(tokens), s.channels = static_cast<int>(channels), s.width = static_cast<int>(width);
   s.layers = static_cast<int>(layers), s.head_dim = static_cast<int>(head_dim);
   s.mlp_hidden = static_cast<int>(mlp_hidden);
-  s.norm = parse<biflow::Norm>("norm", norm, {"layernorm", "rmsnorm"});
-  s.gate = parse<biflow::Gate>("gate", gate, {"gelu", "swiglu"});
+  s.norm = biflow::parse<biflow::Norm>("decode_block", "norm", norm, {"layernorm", "rmsnorm"});
+  s.gate = biflow::parse<biflow::Gate>("decode_block", "gate", gate, {"gelu", "swiglu"});
   s.qk_norm = qk_norm, s.rope = rope, s.pos_embed = pos_embed;
   s.start_token = start_token, s.shift_only = shift_only;
   return s;
@@ -93,14 +85,8 @@ void decode_block_(Tensor z, Tensor packed, OptionalTensor added, OptionalTensor
   p.shape = make_shape(T, D, width, layers, head_dim, mlp_hidden, norm, gate, qk_norm, rope, pos_embed, start_token,
                        shift_only);
   check_tensor("packed", packed, {biflow::packed_block(p.shape).size});
-  p.affine.layout = parse<biflow::Layout>("layout", layout, {"scale_shift", "shift_scale", "interleaved"});
-  p.affine.scale = parse<biflow::ScaleMap>("scale", scale, {"exp", "softplus", "sigmoid"});
-  p.affine.clip = parse<biflow::Clip>("clip", clip, {"none", "hard", "tanh"});
-  p.affine.clip_on = parse<biflow::ClipOn>("clip_on", clip_on, {"both", "scale"});
-  p.affine.clip_value = clip_value;
-  p.affine.flip = flip;
+  p.affine = biflow::parse_affine("decode_block", layout, scale, clip, clip_value, clip_on, flip);
   if (shift_only) p.affine.scale = biflow::ScaleMap::exp;  // its raw scale is 0: sigma = 1
-  STD_TORCH_CHECK(p.affine.clip == biflow::Clip::none || clip_value > 0, "decode_block: clip_value must be positive");
   STD_TORCH_CHECK(guidance >= 0 && attn_temp > 0, "decode_block: guidance must be >= 0 and attn_temp > 0");
   p.B = B;
   p.prefix_tokens = prefix && prefix->dim() == 3 ? static_cast<int>(prefix->size(1)) : 0;

@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(biflow, m) {
       "bool rope, bool pos_embed, bool start_token, bool shift_only, str layout, str scale, str clip, "
       "float clip_value, str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> ()");
 
-  // a hash of samples of the weights' values: whether they must be packed again
+  // a hash of all bytes of the weights: whether they must be packed again
   m.def("weights_fingerprint(Tensor[] weights) -> int");
 
   // affine coupling with log-determinant; options as in biflow/ops/affine.py, clip "none" | "hard" | "tanh"

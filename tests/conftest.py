@@ -8,3 +8,14 @@ import torch
 def one_thread():
     """Times and last bits do not depend on the machine's cores; a test of threads sets its own number."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=("portable", "avx2", "avx512"))
+def isa(request):
+    """Runs the test on every instruction set of this machine."""
+    try:
+        torch.ops.biflow.force_cpu_isa(request.param)
+    except RuntimeError:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    torch.ops.biflow.force_cpu_isa("best")

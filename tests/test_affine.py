@@ -9,7 +9,6 @@ import torch
 
 from biflow import ops, reference
 
-ISAS = ("portable", "avx2", "avx512")
 LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
 SCALES = ("exp", "softplus", "sigmoid")
 CLIPS = (None, ("hard", 0.7), ("tanh", 0.9))
@@ -29,16 +28,6 @@ DTYPES = [
     (torch.float16, torch.float16),
     (torch.float64, torch.float64),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    try:
-        torch.ops.biflow.force_cpu_isa(request.param)
-    except RuntimeError:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    torch.ops.biflow.force_cpu_isa("best")
 
 
 def make(shape, data=torch.float32, net=None, seed=0, spread=1.0):
@@ -356,6 +345,7 @@ BAD = {
     "x 2-D": (ValueError, r"x: expected \(B, T, D\), got shape \(3, 4\)", (X[0], P), {}),
     "params width": (ValueError, r"expected \(B, T, 2D\) = \(2, 3, 8\), got \(2, 3, 7\)", (X, P[..., :7]), {}),
     "params tokens": (ValueError, r"= \(2, 3, 8\), got \(2, 2, 8\)", (X, P[:, :2]), {}),
+    "device": (ValueError, "x: expected a CPU tensor, got one on meta", (X.to("meta"), P.to("meta")), {}),
     "params device": (ValueError, "expected device cpu like x, got meta", (X, P.to("meta")), {}),
     "mask dtype": (TypeError, "mask: expected a bool Tensor, got torch.float32", (X, P), {"mask": M.float()}),
     "mask shape": (ValueError, r"mask: expected \(B, T\) = \(2, 3\), got \(2, 2\)", (X, P), {"mask": M[:, :2]}),
@@ -366,6 +356,9 @@ BAD = {
     "clip bare": (ValueError, "clip: expected None.*got 3.0", (X, P), {"clip": 3.0}),
     "clip negative": (ValueError, "finite c > 0, got -1.0", (X, P), {"clip": ("hard", -1.0)}),
     "clip nan": (ValueError, "finite c > 0, got nan", (X, P), {"clip": ("hard", math.nan)}),
+    "clip bool": (ValueError, "finite c > 0, got True", (X, P), {"clip": ("hard", True)}),
+    "causal": (TypeError, "causal: expected a bool, got str 'no'", (X, P), {"causal": "no"}),
+    "flip": (TypeError, "flip: expected a bool, got int 1", (X, P), {"flip": 1}),
     "clip text": (ValueError, "finite c > 0, got '1'", (X, P), {"clip": ("hard", "1")}),
 }
 

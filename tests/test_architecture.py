@@ -39,7 +39,6 @@ OTHER_NAMES = {"pack_block": "decode_block"}  # ops of a stem whose name does no
 # Torch's own fused attention is the CPU kernel of `attention`: it needs no csrc and no bindings until CUDA has one.
 KERNEL_IS_TORCH = {"attention"}
 NOT_OPS = {"cpu_isa", "force_cpu_isa", "weights_fingerprint"}  # questions about the machine or about weights: no maths
-HELPERS = {"weights"}  # modules of biflow/ops that hold no op of their own
 
 
 def files(folder: str, *patterns: str) -> list[Path]:
@@ -204,8 +203,7 @@ def test_imports_point_one_way():
 
 
 def test_reference_needs_only_torch():
-    path = PACKAGE / "reference.py"
-    for file in [path] if path.exists() else files("biflow/reference", "*.py"):
+    for file in files("biflow/reference", "*.py"):
         tree = ast.parse(file.read_text())
         names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
         names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and not n.level]
@@ -233,7 +231,7 @@ def test_every_registered_op_belongs_to_a_stem():
 
 
 def test_every_module_of_ops_is_a_stem():
-    assert {p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_")} - HELPERS == set(STEMS)
+    assert {p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_")} == set(STEMS)
 
 
 @pytest.mark.parametrize("stem", STEMS)

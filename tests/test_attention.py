@@ -123,6 +123,8 @@ BAD = {
     "causal cross": (ValueError, "as many queries as keys, got 3 and 4", (Q[:, :, :3], Q, Q), {"causal": True}),
     "mask dtype": (TypeError, "mask: expected a bool Tensor, got torch.float32", (Q, Q, Q), {"mask": M.float()}),
     "mask shape": (ValueError, r"mask: expected \(B, Tk\) = \(2, 4\), got \(2, 3\)", (Q, Q, Q), {"mask": M[:, :3]}),
+    "causal": (TypeError, "causal: expected a bool, got str 'no'", (Q, Q, Q), {"causal": "no"}),
+    "scale": (TypeError, "scale: expected a number, got str '1'", (Q, Q, Q), {"scale": "1"}),
     "d = 0": (ValueError, "scale: d = 0", (Q[..., :0], Q[..., :0], Q[..., :0]), {}),
 }
 

@@ -170,20 +170,25 @@ def test_info(runs, capsys):
 
 
 def test_bench_prints_the_rows_of_a_checkout(monkeypatch, tmp_path, capsys):
-    """bench runs benchmarks/bench_<op>.py beside the package, and says what it needs where there is none."""
-    (tmp_path / "benchmarks").mkdir()
+    """bench runs benchmarks/bench_<op>.py of the checkout around the package, and says where there is none."""
+    folder, project = tmp_path / "benchmarks", tmp_path / "pyproject.toml"
+    folder.mkdir()
+    shutil.copy(Path(__file__).parents[1] / "benchmarks" / "timing.py", folder)
     code = "def run(quick): return [{'case': 'S', 'us': 1.23456, 'shape': [2, 3], 'quick': quick}]"
-    (tmp_path / "benchmarks" / "bench_attention.py").write_text(code)
+    (folder / "bench_attention.py").write_text(code)
     monkeypatch.setattr(cli.tools, "__file__", str(tmp_path / "biflow" / "cli" / "tools.py"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "bench_attention", raising=False)
-    out = tmp_path / "rows.json"
+    path, out = list(sys.path), tmp_path / "rows.json"
+    project.write_text('[project]\nname = "biflow"\n')
     assert cli.main(["bench", "--op", "attention", "--quick", "--json", str(out)]) == 0
-    sys.modules.pop("bench_attention")
     assert capsys.readouterr().out.split() == ["case", "us", "shape", "quick", "S", "1.235", "2x3", "True"]
-    assert json.loads(out.read_text())[0]["us"] == 1.23456
+    found = json.loads(out.read_text())
+    assert (found["rows"][0]["us"], found["machine"]["torch"]) == (1.23456, torch.__version__)
+    assert sys.path == path
     assert cli.main(["bench", "--op", "affine"]) == 2
-    assert "need a source checkout" in capsys.readouterr().err
+    assert f"no {folder / 'bench_affine.py'}" in capsys.readouterr().err
+    project.write_text('[project]\nname = "another"\n')
+    assert cli.main(["bench", "--op", "attention"]) == 2
+    assert "belongs to another project" in capsys.readouterr().err
 
 
 BAD = {

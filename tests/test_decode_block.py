@@ -42,16 +42,6 @@ CASES = {
 BATCH = 7  # one full tile of 6 rows and one of 1
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request):
-    try:
-        torch.ops.biflow.force_cpu_isa(request.param)
-    except RuntimeError:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    torch.ops.biflow.force_cpu_isa("best")
-
-
 def random_weights(config, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     weights = {}
@@ -291,25 +281,29 @@ def test_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "error", "message"),
     [
-        (dict(width=30), "width 30 is not a multiple of head_dim 8"),
-        (dict(head_dim=5, width=30), "head_dim must be even"),
-        (dict(head_dim=258, width=258), "at most 256"),
-        (dict(tokens=0), "tokens must be an integer from 1"),
-        (dict(layers=1.5), "layers must be an integer"),
-        (dict(norm="batchnorm"), "norm must be one of 'layernorm', 'rmsnorm', got 'batchnorm'"),
-        (dict(gate="relu"), "gate must be one of"),
-        (dict(scale="tanh"), "scale must be one of"),
-        (dict(layout="ab"), "layout must be one of"),
-        (dict(clip=("soft", 1.0)), "must be one of 'hard', 'tanh'"),
-        (dict(clip=("hard", 0.0)), "must be positive"),
-        (dict(clip=3.0), "clip must be None"),
-        (dict(class_tokens=2), "num_classes is 0"),
+        (dict(width=30), ValueError, "width: expected a multiple of head_dim 8, got 30"),
+        (dict(head_dim=5, width=30), ValueError, "head_dim: expected an even number up to 256, got 5"),
+        (dict(head_dim=258, width=258), ValueError, "head_dim: expected an even number up to 256, got 258"),
+        (dict(tokens=0), ValueError, r"tokens: expected 1 to 2\^24 - 1, got 0"),
+        (dict(layers=1.5), TypeError, "layers: expected an int, got float 1.5"),
+        (dict(layers=True), TypeError, "layers: expected an int, got bool True"),
+        (dict(qk_norm="no"), TypeError, "qk_norm: expected a bool, got str 'no'"),
+        (dict(flip="x"), TypeError, "flip: expected a bool, got str 'x'"),
+        (dict(norm="batchnorm"), ValueError, "norm: expected one of layernorm, rmsnorm, got 'batchnorm'"),
+        (dict(gate="relu"), ValueError, "gate: expected one of"),
+        (dict(scale="tanh"), ValueError, "scale: expected one of exp, softplus, sigmoid, got 'tanh'"),
+        (dict(layout="ab"), ValueError, "layout: expected one of"),
+        (dict(clip=("soft", 1.0)), ValueError, "clip: expected None, .* got .*soft"),
+        (dict(clip=("hard", 0.0)), ValueError, "clip: expected a finite c > 0, got 0.0"),
+        (dict(clip=("hard", True)), ValueError, "clip: expected a finite c > 0, got True"),
+        (dict(clip=3.0), ValueError, "clip: expected None, .* got 3.0"),
+        (dict(class_tokens=2), ValueError, "class_tokens: expected 0 where num_classes is 0, got 2"),
     ],
 )
-def test_bad_config(fields, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_config(fields, error, message):
+    with pytest.raises(error, match=message):
         BlockConfig(**{**BASE, **fields})
 
 
@@ -318,10 +312,12 @@ def test_bad_weights():
     weights = random_weights(config)
     with pytest.raises(ValueError, match=r"missing weights: \['layers.1.qkv.bias'\]; unexpected weights: \['extra'\]"):
         pack_block({k: v for k, v in weights.items() if k != "layers.1.qkv.bias"} | {"extra": z0}, config)
-    with pytest.raises(ValueError, match=r"layers.0.fc1.weight must have shape \(64, 32\), got \(32, 64\)"):
+    with pytest.raises(ValueError, match=r"layers.0.fc1.weight: expected shape \(64, 32\), got \(32, 64\)"):
         pack_block(weights | {"layers.0.fc1.weight": weights["layers.0.fc1.weight"].T}, config)
-    with pytest.raises(TypeError, match=r"proj_in.weight must be a float32 tensor on the CPU, got torch.float64"):
+    with pytest.raises(TypeError, match=r"proj_in.weight: expected float32, got torch.float64"):
         pack_block(weights | {"proj_in.weight": weights["proj_in.weight"].double()}, config)
+    with pytest.raises(ValueError, match=r"proj_in.weight: expected a CPU tensor, got one on meta"):
+        pack_block(weights | {"proj_in.weight": weights["proj_in.weight"].to("meta")}, config)
 
 
 z0 = torch.zeros(2, 9, 4)
@@ -330,25 +326,43 @@ z0 = torch.zeros(2, 9, 4)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(z=torch.zeros(2, 8, 4)), ValueError, r"z must have shape \(2, 9, 4\), got \(2, 8, 4\)"),
-        (dict(z=torch.zeros(9, 4)), ValueError, r"z must have shape"),
-        (dict(z=z0.double()), TypeError, "z must be a float32 tensor on the CPU, got torch.float64"),
-        (dict(z=[[0.0]]), TypeError, "z must be a float32 tensor on the CPU, got list"),
-        (dict(out=torch.zeros(2, 9, 5)), ValueError, "out must have shape"),
-        (dict(out=torch.zeros(2, 4, 9).transpose(1, 2)), ValueError, "out must be contiguous"),
-        (dict(y=torch.zeros(3, dtype=torch.int64)), ValueError, r"y must be int64 of shape \(2,\)"),
-        (dict(y=torch.zeros(2)), ValueError, "y must be int64"),
-        (dict(guide="c"), ValueError, "guide must be"),
-        (dict(guidance=-1.0), ValueError, "guidance must be finite and at least 0, got -1.0"),
-        (dict(guidance=float("nan")), ValueError, "guidance must be finite"),
-        (dict(attn_temp=0.0), ValueError, "attn_temp must be"),
-        (dict(context=torch.zeros(2, 3, 31)), ValueError, r"context must have shape \(2, 3, 32\)"),
-        (dict(context=torch.zeros(2, 3, 32).double()), TypeError, "context must be float32"),
-        (dict(context=torch.zeros(2, 3, 32), guidance=1.0), ValueError, "needs null_context"),
-        (dict(context=torch.zeros(2, 3, 32), null_context=torch.zeros(4, 32)), ValueError, "null_context must have"),
-        (dict(null_context=torch.zeros(4, 32)), ValueError, "without context"),
-        (dict(weights={}), TypeError, "weights must come from pack_block"),
-        (dict(config=BlockConfig(**{**BASE, "num_classes": 2, "flip": True})), ValueError, "packed for another config"),
+        (dict(z=torch.zeros(2, 8, 4)), ValueError, r"z: expected shape \(B, 9, 4\), got \(2, 8, 4\)"),
+        (dict(z=torch.zeros(9, 4)), ValueError, r"z: expected shape \(B, 9, 4\), got \(9, 4\)"),
+        (dict(z=z0.double()), TypeError, "z: expected float32, got torch.float64"),
+        (dict(z=z0.to("meta")), ValueError, "z: expected a CPU tensor, got one on meta"),
+        (dict(z=[[0.0]]), TypeError, "z: expected a Tensor, got list"),
+        (dict(out=torch.zeros(2, 9, 5)), ValueError, r"out: expected shape \(2, 9, 4\), got \(2, 9, 5\)"),
+        (dict(out=torch.zeros(2, 4, 9).transpose(1, 2)), ValueError, "out: expected a contiguous tensor"),
+        (dict(y=torch.zeros(3, dtype=torch.int64)), ValueError, r"y: expected shape \(2,\), got \(3,\)"),
+        (dict(y=torch.zeros(2)), TypeError, "y: expected an int64 Tensor, got torch.float32"),
+        (dict(y=[0, 1]), TypeError, "y: expected an int64 Tensor, got list"),
+        (dict(guide="c"), ValueError, "guide: expected one of a, b, ab, got 'c'"),
+        (dict(guide="aa"), ValueError, "guide: expected one of a, b, ab, got 'aa'"),
+        (dict(guide="ba"), ValueError, "guide: expected one of a, b, ab, got 'ba'"),
+        (dict(guidance=-1.0), ValueError, "guidance: expected a finite number >= 0, got -1.0"),
+        (dict(guidance=float("nan")), ValueError, "guidance: expected a finite number >= 0, got nan"),
+        (dict(guidance=None), TypeError, "guidance: expected a number, got NoneType None"),
+        (dict(guidance="1"), TypeError, "guidance: expected a number, got str '1'"),
+        (dict(attn_temp=0.0), ValueError, "attn_temp: expected a finite number > 0, got 0.0"),
+        (dict(attn_temp="x"), TypeError, "attn_temp: expected a number, got str 'x'"),
+        (dict(anneal="no"), TypeError, "anneal: expected a bool, got str 'no'"),
+        (dict(context=[1]), TypeError, "context: expected a Tensor, got list"),
+        (dict(context=torch.zeros(2, 3, 31)), ValueError, r"context: expected shape \(2, S, 32\), got \(2, 3, 31\)"),
+        (dict(context=torch.zeros(2, 3, 32).double()), TypeError, "context: expected float32, got torch.float64"),
+        (dict(context=torch.zeros(2, 3, 32), guidance=1.0), ValueError, "null_context: expected a Tensor"),
+        (
+            dict(context=torch.zeros(2, 3, 32), null_context=torch.zeros(4, 32)),
+            ValueError,
+            r"null_context: expected shape \(3, 32\) or \(2, 3, 32\), got \(4, 32\)",
+        ),
+        (dict(context=torch.zeros(2, 3, 32), null_context=3), TypeError, "null_context: expected a Tensor, got int"),
+        (dict(null_context=torch.zeros(4, 32)), ValueError, "null_context: expected None without context"),
+        (dict(weights={}), TypeError, "weights: expected the result of pack_block, got dict"),
+        (
+            dict(config=BlockConfig(**{**BASE, "num_classes": 2, "flip": True})),
+            ValueError,
+            "config: expected the one the weights were packed for",
+        ),
     ],
 )
 def test_bad_arguments(arguments, error, message):

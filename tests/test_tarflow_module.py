@@ -12,6 +12,7 @@ from tiny import BATCH, VARIANTS, images, make_condition, make_flow, noise
 
 import biflow
 from biflow.models.layers import patchify
+from biflow.ops._weights import weights_key
 
 
 def test_a_fresh_model_is_the_identity():
@@ -26,6 +27,10 @@ def _replaced(flow):
     flow.blocks[0].proj_in.weight = torch.nn.Parameter(flow.blocks[0].proj_in.weight + 0.1)
 
 
+def _written_through_numpy(flow):
+    flow.blocks[1].layers[0].fc2.weight.detach().numpy()[3, 5] += 3
+
+
 CHANGES = {
     "optimizer": lambda flow, other: torch.optim.AdamW(flow.parameters(), 0.02).step(),
     "load_state_dict": lambda flow, other: flow.load_state_dict(other.state_dict()),
@@ -36,6 +41,10 @@ CHANGES = {
         list(flow.parameters()), list(other.parameters()), 0.5
     ),
     "parameter-replaced": lambda flow, other: _replaced(flow),
+    # these move no version counter
+    "one-value-of-data": lambda flow, other: flow.blocks[0].layers[0].qkv.weight.data[5, 7].add_(3.0),
+    "signs-of-data": lambda flow, other: flow.blocks[0].layers[0].proj.weight.data.neg_(),
+    "numpy": lambda flow, other: _written_through_numpy(flow),
     "inference-mode": lambda flow, other: torch.inference_mode()(flow.load_state_dict)(other.state_dict()),
 }
 
@@ -54,6 +63,34 @@ def test_decode_sees_changed_weights(change):
     after, info = flow.decode(z, y, return_info=True)
     assert info.residual.max() <= 1e-4, "the certificate uses the new weights, decode the old"
     assert (after - before).abs().max() > 1e-3
+
+
+def test_decode_sees_data_of_strided_weights_changed():
+    flow, z = make_flow(), noise(make_flow())
+    layer = flow.blocks[0].layers[0].fc1
+    layer.weight = torch.nn.Parameter(layer.weight.detach().t().contiguous().t())
+    before = flow.decode(z)
+    layer.weight.data.mul_(1.5)
+    after, info = flow.decode(z, return_info=True)
+    assert info.residual.max() <= 1e-5
+    assert (after - before).abs().max() > 1e-4
+
+
+def test_weights_key_reads_every_byte(isa):
+    """Any byte, anywhere in a tensor of several strides and a rest, and the shape; the same key on every ISA."""
+    w = torch.arange(700, dtype=torch.int16)
+    key = weights_key([w, w])
+    for i in range(700):
+        changed = w.clone()
+        changed[i] ^= 1 << (i % 15)
+        assert weights_key([changed, w]) != key
+        assert weights_key([w, changed]) != key
+    assert weights_key([w, w.clone()]) == key
+    assert weights_key([w.view(7, 100), w]) != key
+    assert weights_key([w, w, w[:0]]) != key
+    assert weights_key([-torch.ones(64), w]) != weights_key([torch.ones(64), w])
+    torch.ops.biflow.force_cpu_isa("best")
+    assert weights_key([w, w]) == key
 
 
 def test_new_weights_at_an_old_address_are_seen():
@@ -127,6 +164,17 @@ def test_encode_compiles_into_one_graph(name):
     (0.5 * got_z.square().sum() - got_logdet.sum()).neg().backward()
     for key, grad in want.items():
         torch.testing.assert_close(flow.get_parameter(key).grad, grad, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_decode_compiles_around_the_packing():
+    """The graph breaks where weights are packed; new weights are seen there."""
+    flow = make_flow(num_classes=3)
+    y, z = torch.tensor([0, 1, 2, -1]), noise(flow)
+    torch._dynamo.reset()
+    decode = torch.compile(flow.decode, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(decode(z, y, guidance=0.5), flow.decode(z, y, guidance=0.5))
+        flow.blocks[0].layers[0].qkv.weight.data[5, 7] += 3
 
 
 # --- bad input
@@ -226,6 +274,11 @@ def test_refuses_conditions_of_other_models():
     flow = make_flow(context_dim=5)
     with pytest.raises(ValueError, match=re.escape("context: expected shape (4, any, 5), got (3, 2, 5)")):
         flow.encode(images(flow), None, torch.zeros(3, 2, 5))
+
+
+def test_refuses_to_pack_weights_of_another_device():
+    with pytest.raises(ValueError, match="decode: weights: expected a CPU tensor, got one on meta"):
+        make_flow().to("meta").blocks[0].packed()
 
 
 def test_refuses_to_decode_in_fp64():

@@ -1,8 +1,11 @@
 """`biflow bench`: the kernel benchmarks of a source checkout."""
 
 import importlib
+import importlib.machinery
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -10,6 +13,7 @@ import typer
 from biflow.cli.common import examples
 
 OPS = ("affine", "decode_block", "attention")
+PACKAGE = "_biflow_benchmarks"  # the name under which benchmarks/ is imported: no other package has it
 
 
 def bench(
@@ -26,42 +30,35 @@ def bench(
     path = None if out is None else Path(out).expanduser()
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--json: expected an existing folder, got {path.parent}")
+    names = OPS if op is None else (op,)
+    timing, *benchmarks = _import("timing", *[f"bench_{name}" for name in names])
     rows = []
-    for benchmark in [_benchmark(name) for name in (OPS if op is None else (op,))]:
+    for benchmark in benchmarks:
         found = benchmark.run(quick=quick)
         rows += found
-        for line in _table(found):
+        for line in timing.table(found):
             typer.echo(line)
     if path is not None:
-        importlib.import_module("timing").write_json(path, rows)
+        timing.write_json(path, rows)
 
 
-def _benchmark(op: str):
-    """The module benchmarks/bench_<op>.py beside the package."""
-    folder = Path(__file__).resolve().parents[2] / "benchmarks"
-    file = folder / f"bench_{op}.py"
-    if not file.is_file():
+def _import(*names: str) -> list[ModuleType]:
+    """Modules of the folder benchmarks/ beside the package, if that is a checkout of biflow."""
+    root = Path(__file__).resolve().parents[2]
+    folder, project = root / "benchmarks", root / "pyproject.toml"
+    wanted = [folder / f"{name}.py" for name in names]
+    missing = [str(file) for file in [project, *wanted] if not file.is_file()]
+    if missing or 'name = "biflow"' not in project.read_text().splitlines():
         raise FileNotFoundError(
-            f"biflow bench: expected {file}; benchmarks need a source checkout installed with `pip install -e .`"
+            f"biflow bench: expected a source checkout of biflow at {root}, installed with `pip install -e .`; "
+            + (f"no {missing[0]}" if missing else f"{project} belongs to another project")
         )
-    for entry in (folder.parent, folder):  # benchmarks import what lies beside them
-        if str(entry) not in sys.path:
-            sys.path.insert(0, str(entry))
-    return importlib.import_module(file.stem)
-
-
-def _table(rows: list[dict]) -> list[str]:
-    """Lines of a table with a column for every key, as wide as its values."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *[[_cell(row.get(column)) for column in columns] for row in rows]]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
-
-
-def _cell(value) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    for loaded in [m for m in sys.modules if m.split(".")[0] == PACKAGE]:
+        del sys.modules[loaded]
+    spec = importlib.machinery.ModuleSpec(PACKAGE, None, is_package=True)
+    spec.submodule_search_locations.append(str(folder))
+    sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+    return [importlib.import_module(f"{PACKAGE}.{name}") for name in names]
 
 
 COMMANDS = (

@@ -4,12 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from biflow import reference
 from biflow.models.layers import Layer, apply_rope, class_rows, unpatchify
 from biflow.models.tarflow import Block, TarFlow
 from biflow.solvers import Guidance
-
-SCALES = ("exp", "softplus", "sigmoid")
-LAYOUTS = ("scale_shift",)
 
 
 @torch.no_grad()
@@ -35,18 +33,11 @@ def eager_decode(
 
     Returns:
         x (B,C,H,W) fp32, equal to `flow.decode` up to rounding.
-
-    Raises:
-        ValueError: an option of a block that this loop lacks.
     """
     c = flow.config
     strength = Guidance(guidance, guide, anneal, attn_temp)
-    x = z * flow.var.sqrt() if c.shift_only else z
+    x = z * flow.var.sqrt()
     for block in reversed(flow.blocks):
-        if block.config.scale not in SCALES:
-            raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {block.config.scale!r}")
-        if block.config.layout not in LAYOUTS:
-            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {block.config.layout!r}")
         x = _decode_block(block, x, y, context, strength)
     return unpatchify(x, c.patch_size)
 
@@ -68,8 +59,10 @@ def _decode_block(block: Block, z: Tensor, y: Tensor | None, context: Tensor | N
     prefix = block.project_context(context, batch)
     if prefix is not None and guided:
         prefix = torch.cat([prefix, block.null_context.expand(batch, prefix.shape[1], -1)])
-    temperature = torch.ones(2 * batch if guided else batch, 1, 1, 1)
-    temperature[batch:] = guidance.attn_temp
+    temperature = None
+    if guided and guidance.attn_temp != 1.0:
+        temperature = torch.ones(2 * batch, 1, 1, 1)
+        temperature[batch:] = guidance.attn_temp
 
     caches: list[tuple[Tensor, Tensor] | None] = [None] * len(block.layers)
     start = [t for t in (classes if c.class_tokens else None, prefix) if t is not None]
@@ -107,17 +100,19 @@ def _decode_block(block: Block, z: Tensor, y: Tensor | None, context: Tensor | N
 
 
 def _run_layers(
-    block: Block, h: Tensor, caches: list, rope: tuple[Tensor, Tensor] | None, temperature: Tensor
+    block: Block, h: Tensor, caches: list, rope: tuple[Tensor, Tensor] | None, temperature: Tensor | None
 ) -> Tensor:
     """h (B,N,C), new tokens, through all layers; appends their keys and values. N > 1 is the prefix, causal."""
     for i, layer in enumerate(block.layers):
         q, k, v = _heads(layer, h)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if temperature is not None:
+            q = q / temperature
         if caches[i] is not None:
             k, v = torch.cat([caches[i][0], k], dim=2), torch.cat([caches[i][1], v], dim=2)
         caches[i] = (k, v)
-        o = F.scaled_dot_product_attention(q / temperature, k, v, is_causal=h.shape[1] > 1, scale=layer.head_dim**-0.5)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=h.shape[1] > 1, scale=layer.head_dim**-0.5)
         h = h + layer.proj(o.transpose(1, 2).flatten(2))
         m = layer.fc1(layer.norm2(h))
         if layer.gate == "swiglu":
@@ -137,24 +132,6 @@ def _heads(layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _affine(block: Block, z: Tensor, raw: Tensor) -> Tensor:
     """x = z sigma + b of one token, (B,1,D), from raw parameters (B,1,2D) or (B,1,D)."""
     c = block.config
-    if c.clip is not None:
-        kind, limit = c.clip
-
-        def clip(t: Tensor) -> Tensor:
-            return t.clamp(-limit, limit) if kind == "hard" else limit * (t / limit).tanh()
-    else:
-
-        def clip(t: Tensor) -> Tensor:
-            return t
-
     if c.shift_only:
-        return z + clip(raw)
-    a, b = raw.chunk(2, dim=-1)
-    a, b = clip(a), clip(b) if c.clip_on == "both" else b
-    if c.scale == "exp":
-        sigma = a.exp()
-    elif c.scale == "softplus":
-        sigma = F.softplus(a + 0.541324854612918)
-    else:
-        sigma = torch.sigmoid(a + 2) + 1e-3
-    return z * sigma + b
+        raw = torch.cat([torch.zeros_like(raw), raw], dim=-1)
+    return reference.affine_decode(z, raw, layout=c.layout, scale=c.scale, clip=c.clip, clip_on=c.clip_on, causal=False)

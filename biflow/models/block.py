@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from biflow import ops, solvers
 from biflow.models.layers import Layer, class_rows, rope_tables
 from biflow.ops import BlockConfig
+from biflow.ops._checks import check_device
+from biflow.ops._weights import weights_key
 
 
 class Block(nn.Module):
@@ -43,7 +45,7 @@ class Block(nn.Module):
         self.proj_out = nn.Linear(c.width, c.channels if c.shift_only else 2 * c.channels)
         nn.init.zeros_(self.proj_out.weight)  # the flow starts as the identity
         nn.init.zeros_(self.proj_out.bias)
-        self._packed: tuple | None = None  # key, packed weights, and the tensors they were packed from
+        self._packed: tuple[int, ops.BlockWeights] | None = None  # key of the weights, packed weights
 
     @property
     def causal(self) -> bool:
@@ -96,14 +98,7 @@ class Block(nn.Module):
         """z (B,T,D) in x's dtype and logdet (B,) of x under raw parameters, both in block order."""
         c = self.config
         if c.shift_only:
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            shift = raw.to(wide)
-            if c.clip is not None:
-                kind, bound = c.clip
-                shift = shift.clamp(-bound, bound) if kind == "hard" else bound * (shift / bound).tanh()
-            if self.causal:
-                shift = torch.cat([torch.zeros_like(shift[:, :1]), shift[:, :-1]], dim=1)
-            return (x - shift).to(x.dtype), x.new_zeros(x.shape[0], dtype=wide)
+            raw = torch.cat([torch.zeros_like(raw), raw], dim=-1)  # exp(0) = 1
         return ops.affine_encode(
             x, raw, layout=c.layout, scale=c.scale, clip=c.clip, clip_on=c.clip_on, causal=self.causal
         )
@@ -132,19 +127,22 @@ class Block(nn.Module):
         return self.affine(x, raw)
 
     def packed(self) -> ops.BlockWeights:
-        """The weights as `ops.decode_block` reads them; packed again when they changed or were replaced.
+        """The weights as `ops.decode_block` reads them; packed again when their values changed, by whatever way.
 
-        Changes that autograd's version counters see are seen: all but those through `tensor.data` and numpy views.
+        torch.compile breaks its graph here: a graph could not tell whether they changed.
         """
+        check_device("decode: weights", self.proj_in.weight)
         # one walk over the modules: parameters() and buffers() would be two, on the path of every decode
-        held = [t for m in self.modules() for t in (*m._parameters.values(), *m._buffers.values())]
-        tensors = [t for t in held if t is not None]
-        key = ops.weights_key(tensors)
+        modules: list[nn.Module] = [self]
+        tensors: list[Tensor] = []
+        for module in modules:  # grows
+            modules += [m for m in module._modules.values() if m is not None]
+            tensors += [*module._parameters.values(), *module._buffers.values()]
+        key = weights_key([t for t in tensors if t is not None])
         if self._packed is None or self._packed[0] != key:
             named = [*self.named_parameters(), *self.named_buffers()]
             weights = {k: v.detach() for k, v in named if not k.startswith(("context_proj", "null_context"))}
-            # the tensors are kept so that no other weights can take their addresses, and with them their key
-            self._packed = (key, ops.pack_block(weights, self.config), tensors)
+            self._packed = (key, ops.pack_block(weights, self.config))
         return self._packed[1]
 
     @property

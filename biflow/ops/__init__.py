@@ -4,7 +4,6 @@ from biflow import _library  # noqa: F401
 from biflow.ops.affine import affine_decode, affine_encode
 from biflow.ops.attention import attention
 from biflow.ops.decode_block import BlockConfig, BlockWeights, decode_block, pack_block
-from biflow.ops.weights import weights_key
 
 __all__ = [
     "BlockConfig",
@@ -14,5 +13,4 @@ __all__ = [
     "attention",
     "decode_block",
     "pack_block",
-    "weights_key",
 ]

@@ -1,16 +1,19 @@
 """Affine coupling with log-determinant: checks, fake kernels, autograd. The maths: affine_encode."""
 
-import math
-
 import torch
 from torch import Tensor
 
-_CHOICES = {
-    "layout": ("scale_shift", "shift_scale", "interleaved"),
-    "scale": ("exp", "softplus", "sigmoid"),
-    "clip_on": ("both", "scale"),
-}
-_CLIPS = ("hard", "tanh")
+from biflow.ops._checks import (
+    CLIP_ON,
+    LAYOUTS,
+    SCALES,
+    check_choice,
+    check_clip,
+    check_device,
+    check_flag,
+    check_tensor,
+)
+
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,13 +55,15 @@ def affine_encode(
             bits for any number of threads. Empty sums (T = 0 or D = 0) are 0.
 
     Gradients: first order, of z and logdet, to x and params; the last token's params in block order get 0 if causal.
-    A second derivative raises RuntimeError.
+    A second derivative raises RuntimeError. The transforms of torch.func (grad, vmap, jvp) do not see this gradient:
+    use biflow.reference under them.
 
     Raises:
-        TypeError: a tensor of a dtype not listed. ValueError: a shape, device or option that does not fit.
+        TypeError: a tensor of a dtype not listed, a flag that is no bool. ValueError: a shape or option that does not
+            fit, tensors of two devices or of one without a kernel.
     """
-    options = _check("x", x, params, layout, scale, clip, clip_on, mask)
-    return torch.ops.biflow.affine_encode(x, params, *options, bool(causal), bool(flip), mask)
+    options = _check("x", x, params, layout, scale, clip, clip_on, causal, flip, mask)
+    return torch.ops.biflow.affine_encode(x, params, *options, mask)
 
 
 def affine_decode(
@@ -82,16 +87,16 @@ def affine_decode(
         x: (B, T, D), dtype of z, contiguous; with `return_logdet` also logdet (B,) = log|det dz/dx| = -sum log sigma,
         the same number affine_encode returns, not its negative.
     """
-    options = _check("z", z, params, layout, scale, clip, clip_on, mask)
-    x, logdet = torch.ops.biflow.affine_decode(z, params, *options, bool(causal), bool(flip), mask, bool(return_logdet))
+    options = _check("z", z, params, layout, scale, clip, clip_on, causal, flip, mask)
+    check_flag("return_logdet", return_logdet)
+    x, logdet = torch.ops.biflow.affine_decode(z, params, *options, mask, return_logdet)
     return (x, logdet) if return_logdet else x
 
 
-def _check(name, x, params, layout, scale, clip, clip_on, mask):
-    """Raises on bad input; returns the options the op takes: layout, scale, clip, clip_value, clip_on."""
+def _check(name, x, params, layout, scale, clip, clip_on, causal, flip, mask):
+    """Raises on bad input; returns the options the op takes: layout, scale, clip, clip_value, clip_on, causal, flip."""
     for what, t in ((name, x), ("params", params)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{what}: expected a Tensor, got {type(t).__name__}")
+        check_tensor(what, t)
         if t.dtype not in _LOW and t.dtype != torch.float64:
             raise TypeError(f"{what}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
     if (x.dtype == torch.float64) != (params.dtype == torch.float64):
@@ -101,6 +106,7 @@ def _check(name, x, params, layout, scale, clip, clip_on, mask):
     expected = (x.shape[0], x.shape[1], 2 * x.shape[2])
     if tuple(params.shape) != expected:
         raise ValueError(f"params: expected (B, T, 2D) = {expected}, got {tuple(params.shape)}")
+    check_device(name, x)
     if params.device != x.device:
         raise ValueError(f"params: expected device {x.device} like {name}, got {params.device}")
     if mask is not None:
@@ -110,17 +116,12 @@ def _check(name, x, params, layout, scale, clip, clip_on, mask):
             raise ValueError(f"mask: expected (B, T) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
         if mask.device != x.device:
             raise ValueError(f"mask: expected device {x.device} like {name}, got {mask.device}")
-    for what, value in (("layout", layout), ("scale", scale), ("clip_on", clip_on)):
-        if value not in _CHOICES[what]:
-            raise ValueError(f"{what}: expected one of {', '.join(_CHOICES[what])}, got {value!r}")
-    if clip is None:
-        return layout, scale, "none", 0.0, clip_on
-    if not isinstance(clip, (tuple, list)) or len(clip) != 2 or clip[0] not in _CLIPS:
-        raise ValueError(f'clip: expected None, ("hard", c) or ("tanh", c), got {clip!r}')
-    c = clip[1]
-    if isinstance(c, bool) or not isinstance(c, (int, float)) or not (c > 0 and math.isfinite(c)):
-        raise ValueError(f"clip: expected a finite c > 0, got {c!r}")
-    return layout, scale, clip[0], float(c), clip_on
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("scale", scale, SCALES)
+    check_choice("clip_on", clip_on, CLIP_ON)
+    check_flag("causal", causal)
+    check_flag("flip", flip)
+    return layout, scale, *(check_clip(clip) or ("none", 0.0)), clip_on, causal, flip
 
 
 def _logdet_dtype(x):

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from biflow.ops._checks import check_flag, check_number, check_tensor
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -30,11 +32,11 @@ def attention(
         (B, H, Tq, d), dtype of q. Empty inputs give empty results; Tk = 0 gives 0.
 
     Raises:
-        TypeError: a dtype not listed or not shared. ValueError: a shape, device or scale that does not fit.
+        TypeError: a dtype not listed or not shared, a scale that is no number, a causal that is no bool. ValueError: a
+            shape, device or scale that does not fit.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        check_tensor(name, t)
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.dtype != q.dtype:
@@ -47,6 +49,7 @@ def attention(
     for name, t in (("k", k), ("v", v)):
         if tuple(t.shape) != expected:
             raise ValueError(f"{name}: expected (B, H, Tk, d) = {expected}, got {tuple(t.shape)}")
+    check_flag("causal", causal)
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"causal: expected as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
     if mask is not None:
@@ -60,7 +63,7 @@ def attention(
         if q.shape[3] == 0:
             raise ValueError("scale: d = 0 has no default scale, got None")
         scale = q.shape[3] ** -0.5
-    return torch.ops.biflow.attention(q, k, v, bool(causal), float(scale), mask)
+    return torch.ops.biflow.attention(q, k, v, causal, check_number("scale", scale), mask)
 
 
 @torch.library.impl("biflow::attention", "CompositeImplicitAutograd")

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from biflow import _library  # noqa: F401
+from biflow.ops._checks import (
+    CLIP_ON,
+    LAYOUTS,
+    SCALES,
+    check_choice,
+    check_clip,
+    check_device,
+    check_flag,
+    check_float32,
+    check_number,
+    check_shape,
+)
 
 _NORMS = ("layernorm", "rmsnorm")
 _GATES = ("gelu", "swiglu")
-_LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
-_SCALES = ("exp", "softplus", "sigmoid")
-_CLIPS = ("hard", "tanh")
-_CLIP_ON = ("both", "scale")
-
-
-def _one_of(what: str, value: object, names: tuple[str, ...]) -> None:
-    if value not in names:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, names))}, got {value!r}")
+_GUIDES = ("a", "b", "ab")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class BlockConfig:
     shift_only: the network writes D shifts; sigma = 1.
     num_classes, class_tokens: the class embedding is added to every token (class_tokens 0) or is K tokens in context.
     layout, scale, clip, clip_on: as in `ops.affine_decode`. flip: block order is reversed data order.
-    Raises ValueError for what no block can be.
+    Raises TypeError for a size that is no int or a flag that is no bool, ValueError for what no block can be.
     """
 
     tokens: int
@@ -65,25 +68,22 @@ class BlockConfig:
         for name, low in [("tokens", 1), ("channels", 1), ("width", 1), ("layers", 1), ("head_dim", 2),
                           ("mlp_hidden", 1), ("num_classes", 0), ("class_tokens", 0)]:  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**24:
-                raise ValueError(f"BlockConfig: {name} must be an integer from {low} to 2^24 - 1, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+            if not low <= value < 2**24:
+                raise ValueError(f"{name}: expected {low} to 2^24 - 1, got {value}")
+        for name in ("qk_norm", "rope", "pos_embed", "start_token", "shift_only", "flip"):
+            check_flag(name, getattr(self, name))
+        for name, choices in [("norm", _NORMS), ("gate", _GATES), ("layout", LAYOUTS), ("scale", SCALES),
+                              ("clip_on", CLIP_ON)]:  # fmt: skip
+            check_choice(name, getattr(self, name), choices)
         if self.head_dim % 2 or self.head_dim > 256:
-            raise ValueError(f"BlockConfig: head_dim must be even and at most 256, got {self.head_dim}")
+            raise ValueError(f"head_dim: expected an even number up to 256, got {self.head_dim}")
         if self.width % self.head_dim:
-            raise ValueError(f"BlockConfig: width {self.width} is not a multiple of head_dim {self.head_dim}")
+            raise ValueError(f"width: expected a multiple of head_dim {self.head_dim}, got {self.width}")
         if self.class_tokens and not self.num_classes:
-            raise ValueError(f"BlockConfig: class_tokens is {self.class_tokens} but num_classes is 0")
-        for name, names in [("norm", _NORMS), ("gate", _GATES), ("layout", _LAYOUTS), ("scale", _SCALES),
-                            ("clip_on", _CLIP_ON)]:  # fmt: skip
-            _one_of(f"BlockConfig: {name}", getattr(self, name), names)
-        if self.clip is not None:
-            if not isinstance(self.clip, (tuple, list)) or len(self.clip) != 2:
-                raise ValueError(f'BlockConfig: clip must be None, ("hard", c) or ("tanh", c), got {self.clip!r}')
-            kind, bound = self.clip
-            _one_of("BlockConfig: clip[0]", kind, _CLIPS)
-            if not isinstance(bound, (int, float)) or not 0 < bound < math.inf:
-                raise ValueError(f"BlockConfig: the bound of clip must be positive and finite, got {bound!r}")
-            object.__setattr__(self, "clip", (kind, float(bound)))  # a YAML list becomes a tuple
+            raise ValueError(f"class_tokens: expected 0 where num_classes is 0, got {self.class_tokens}")
+        object.__setattr__(self, "clip", check_clip(self.clip))  # a YAML list becomes a tuple
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class BlockWeights:
     class_embed: Tensor | None
     class_mean: Tensor | None
     config: BlockConfig
+    options: dict[str, object]  # what the torch op takes of the config
 
 
 def block_shapes(config: BlockConfig) -> dict[str, tuple[int, ...]]:
@@ -138,7 +139,7 @@ def pack_block(state_dict: dict[str, Tensor], config: BlockConfig) -> BlockWeigh
     """A copy of a block's weights in the layout that `decode_block` reads (csrc/decode_block.h).
 
     state_dict: fp32 tensors on the CPU, exactly the names and shapes of `block_shapes(config)`.
-    Raises ValueError for missing or unexpected names and wrong shapes, TypeError for other dtypes or devices.
+    Raises ValueError for missing or unexpected names, wrong shapes and other devices, TypeError for other dtypes.
     """
     shapes = block_shapes(config)
     missing = [name for name in shapes if name not in state_dict]
@@ -148,12 +149,8 @@ def pack_block(state_dict: dict[str, Tensor], config: BlockConfig) -> BlockWeigh
             f"pack_block: missing weights: {missing or 'none'}; unexpected weights: {unexpected or 'none'}"
         )
     for name, shape in shapes.items():
-        w = state_dict[name]
-        if not isinstance(w, Tensor) or w.dtype != torch.float32 or w.device.type != "cpu":
-            got = f"{w.dtype} on {w.device}" if isinstance(w, Tensor) else type(w).__name__
-            raise TypeError(f"pack_block: {name} must be a float32 tensor on the CPU, got {got}")
-        if tuple(w.shape) != shape:
-            raise ValueError(f"pack_block: {name} must have shape {shape}, got {tuple(w.shape)}")
+        check_float32(f"pack_block: {name}", state_dict[name])
+        check_shape(f"pack_block: {name}", state_dict[name], shape)
     with torch.no_grad():
         weights = [state_dict[name].detach().contiguous() for name in shapes if name != "class_embed"]
         packed = torch.ops.biflow.pack_block(
@@ -161,64 +158,61 @@ def pack_block(state_dict: dict[str, Tensor], config: BlockConfig) -> BlockWeigh
         )
         class_embed = state_dict["class_embed"].detach().clone() if config.num_classes else None
         class_mean = None if class_embed is None else class_embed.mean(0)
-    return BlockWeights(packed, class_embed, class_mean, config)
+    kind, bound = config.clip or ("none", 0.0)
+    options = dict(
+        _shape_options(config), layout=config.layout, scale=config.scale, clip=kind, clip_value=bound,
+        clip_on=config.clip_on, flip=config.flip,
+    )  # fmt: skip
+    return BlockWeights(packed, class_embed, class_mean, config, options)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check(z, weights, config, y, context, null_context, guidance, guide, attn_temp, out) -> None:
-    name = "decode_block"
+def _check(z, weights, config, y, context, null_context, guidance, guide, anneal, attn_temp, out) -> None:
     if not isinstance(weights, BlockWeights):
-        raise TypeError(f"{name}: weights must come from pack_block, got {type(weights).__name__}")
+        raise TypeError(f"weights: expected the result of pack_block, got {type(weights).__name__}")
     if weights.config is not config and weights.config != config:
-        raise ValueError(f"{name}: weights were packed for another config: {weights.config}, got {config}")
-    batch = z.shape[0] if isinstance(z, Tensor) and z.dim() == 3 else "B"
-    shape = (batch, config.tokens, config.channels)
-    for what, t, wanted in [("z", z, shape), ("out", out, shape)]:
-        if what == "out" and t is None:
-            continue
-        if not isinstance(t, Tensor) or t.dtype != torch.float32 or t.device.type != "cpu":
-            got = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{name}: {what} must be a float32 tensor on the CPU, got {got}")
-        if tuple(t.shape) != wanted:
-            raise ValueError(f"{name}: {what} must have shape {wanted}, got {tuple(t.shape)}")
+        raise ValueError(f"config: expected the one the weights were packed for, {weights.config}, got {config}")
+    check_float32("z", z)
+    check_shape("z", z, ("B", config.tokens, config.channels))
+    batch = z.shape[0]
     if out is not None:
+        check_float32("out", out)
+        check_shape("out", out, (batch, config.tokens, config.channels))
         if not out.is_contiguous():
-            raise ValueError(f"{name}: out must be contiguous, got strides {out.stride()}")
+            raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
         if not torch.compiler.is_compiling():  # there the binding alone checks: addresses are not known yet
             distance = abs(z.data_ptr() - out.data_ptr())
             if z.is_contiguous() and 0 < distance < 4 * z.numel():
-                raise ValueError(f"{name}: out must be z itself or not overlap it")
+                raise ValueError(f"out: expected z itself or no overlap with it, got one {distance} bytes from it")
         if torch.is_grad_enabled() and _any_requires_grad(z, out, context, null_context):
-            raise RuntimeError(f"{name}: out= writes without a graph; call it under torch.no_grad()")
+            raise RuntimeError("out: expected a call under torch.no_grad(): what is written there has no graph")
     if y is not None:
         if not config.num_classes:
-            raise ValueError(f"{name}: y is given but the block has no classes")
-        if not isinstance(y, Tensor) or y.dtype != torch.int64 or tuple(y.shape) != (batch,):
-            got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"{name}: y must be int64 of shape ({batch},), got {got}")
-    if not isinstance(guide, str) or not guide or set(guide) - set("ab"):
-        raise ValueError(f"{name}: guide must be 'a', 'b' or 'ab', got {guide!r}")
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"{name}: guidance must be finite and at least 0, got {guidance}")
-    if not 0 < attn_temp < math.inf:
-        raise ValueError(f"{name}: attn_temp must be finite and positive, got {attn_temp}")
-    if context is None and null_context is not None:
-        raise ValueError(f"{name}: null_context is given without context")
+            raise ValueError("y: expected None for a block without classes (num_classes=0), got labels")
+        if not isinstance(y, Tensor) or y.dtype != torch.int64:
+            raise TypeError(
+                f"y: expected an int64 Tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}"
+            )
+        check_shape("y", y, (batch,))
+        check_device("y", y)
+    check_number("guidance", guidance, minimum=0)
+    check_choice("guide", guide, _GUIDES)
+    check_flag("anneal", anneal)
+    check_number("attn_temp", attn_temp, above=0)
     if context is not None:
-        if guidance > 0 and null_context is None:
-            raise ValueError(f"{name}: guidance with context needs null_context")
-        wanted = (batch, context.shape[1] if context.dim() == 3 else "S", config.width)
-        if tuple(context.shape) != wanted:
-            raise ValueError(f"{name}: context must have shape {wanted}, got {tuple(context.shape)}")
-        if null_context is not None and tuple(null_context.shape) not in (wanted, wanted[1:]):
-            got = tuple(null_context.shape)
-            raise ValueError(f"{name}: null_context must have shape {wanted[1:]} or {wanted}, got {got}")
-        for what, t in [("context", context), ("null_context", null_context)]:
-            if t is not None and (t.dtype != torch.float32 or t.device.type != "cpu"):
-                raise TypeError(f"{name}: {what} must be float32 on the CPU, got {t.dtype} on {t.device}")
+        check_float32("context", context)
+        check_shape("context", context, (batch, "S", config.width))
+    if null_context is not None:
+        check_float32("null_context", null_context)
+        if context is None:
+            raise ValueError("null_context: expected None without context, got a Tensor")
+        length = context.shape[1]
+        check_shape("null_context", null_context, (length, config.width), (batch, length, config.width))
+    elif context is not None and guidance > 0:
+        raise ValueError("null_context: expected a Tensor, which guidance with context needs, got None")
 
 
 def _condition(weights: BlockWeights, batch: int, y: Tensor | None, context: Tensor | None):
@@ -269,21 +263,19 @@ def decode_block(
     likewise b. anneal: g n / max(T - 1, 1) in place of g for token n.
     out: contiguous (B, T, D) float32 that receives x and is returned; z itself is allowed.
     Not differentiable (train through the encode direction): the backward raises RuntimeError.
-    Raises ValueError / TypeError for wrong options, shapes, dtypes, devices.
+    Raises TypeError for wrong types and dtypes, ValueError for wrong shapes, options and devices.
 
     Source: TARFlow, arXiv 2412.06329, section 2 (sampling and guidance); start token: STARFlow, arXiv 2506.06276.
     """
-    _check(z, weights, config, y, context, null_context, guidance, guide, attn_temp, out)
+    _check(z, weights, config, y, context, null_context, guidance, guide, anneal, attn_temp, out)
     # where both passes would see the same, the second changes nothing
     guided = guidance > 0 and (y is not None or context is not None or attn_temp != 1.0)
     added, prefix = _condition(weights, z.shape[0], y, context)
     null_added, null_prefix = _condition(weights, z.shape[0], None, null_context) if guided else (None, None)
-    kind, bound = config.clip or ("none", 0.0)
     tensors = (z.contiguous(), weights.packed, added, prefix, null_added, null_prefix)
     options = dict(
-        _shape_options(config), layout=config.layout, scale=config.scale, clip=kind, clip_value=bound,
-        clip_on=config.clip_on, flip=config.flip, guidance=float(guidance) if guided else 0.0, guide=guide,
-        anneal=anneal, attn_temp=float(attn_temp),
+        weights.options, guidance=float(guidance) if guided else 0.0, guide=guide, anneal=anneal,
+        attn_temp=float(attn_temp),
     )  # fmt: skip
     if out is None and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(*tensors))):
         return torch.ops.biflow.decode_block(*tensors, **options)

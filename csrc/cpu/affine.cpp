@@ -292,10 +292,10 @@ class Chunk {
       if (pairs) {
         unpack_pairs(from, first, second, n);
       } else {
-        const Net* limit = params + p.B * p.T * 2 * D - whole_vectors<S>(q.channels);
-        for (int64_t i = 0; i < hi - lo; ++i, from += 2 * D, first += D, second += D) {
-          copy_row<S>(from, first, q.channels, from <= limit);
-          copy_row<S>(from + D, second, q.channels, from + D <= limit);
+        const int64_t limit = p.B * p.T * 2 * D - whole_vectors<S>(q.channels);  // may be negative
+        for (int64_t i = 0, at = from - params; i < hi - lo; ++i, at += 2 * D) {
+          copy_row<S>(params + at, first + i * D, q.channels, at <= limit);
+          copy_row<S>(params + at + D, second + i * D, q.channels, at + D <= limit);
         }
       }
     }
@@ -325,10 +325,10 @@ class Chunk {
     Net* to = row(static_cast<Net*>(p.grad_params), lo) + q.channel * (pairs ? 2 : 1);
     if (pairs) return pack_pairs(first, second, to, (hi - lo) * q.channels);
     // ascending, so that what a vector writes too far is overwritten by its owner; nothing past the piece's last row
-    const Net* limit = to + (q.channels == D ? (hi - lo) * 2 * D - whole_vectors<S>(D) : -1);
-    for (int64_t i = 0; i < hi - lo; ++i, to += 2 * D, first += D, second += D) {
-      copy_row<S>(first, to, q.channels, to <= limit);
-      copy_row<S>(second, to + D, q.channels, to + D <= limit);
+    const int64_t limit = q.channels == D ? (hi - lo) * 2 * D - whole_vectors<S>(D) : -1;
+    for (int64_t i = 0, at = 0; i < hi - lo; ++i, at += 2 * D) {
+      copy_row<S>(first + i * D, to + at, q.channels, at <= limit);
+      copy_row<S>(second + i * D, to + at + D, q.channels, at + D <= limit);
     }
   }
 

@@ -20,10 +20,12 @@ Isa best_isa() {
 #ifdef BIFLOW_X86
   static const Isa best = [] {
     __builtin_cpu_init();
+    // all that CMakeLists.txt compiles the objects with
+    if (!__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return Isa::portable;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
       return Isa::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+    if (__builtin_cpu_supports("avx2")) return Isa::avx2;
     return Isa::portable;
   }();
   return best;

@@ -1,0 +1,73 @@
+"""Checks that the ops share; each names the argument, what was expected and what came."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
+SCALES = ("exp", "softplus", "sigmoid")
+CLIPS = ("hard", "tanh")
+CLIP_ON = ("both", "scale")
+DEVICES = ("cpu",)  # those that this build has kernels for
+
+
+def check_tensor(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+
+
+def check_device(name: str, t: Tensor) -> None:
+    if t.device.type not in DEVICES:
+        raise ValueError(f"{name}: expected a CPU tensor, got one on {t.device}: this build has no kernel for it")
+
+
+def check_float32(name: str, t: object) -> None:
+    """A float32 tensor on a device that has kernels."""
+    check_tensor(name, t)
+    if t.dtype != torch.float32:
+        raise TypeError(f"{name}: expected float32, got {t.dtype}")
+    check_device(name, t)
+
+
+def check_shape(name: str, t: Tensor, *shapes: tuple) -> None:
+    """One of `shapes`; a string in one stands for any size."""
+    for shape in shapes:
+        if t.dim() == len(shape) and all(
+            isinstance(want, str) or want == got for want, got in zip(shape, t.shape, strict=True)
+        ):
+            return
+    wanted = " or ".join(f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})" for shape in shapes)
+    raise ValueError(f"{name}: expected shape {wanted}, got {tuple(t.shape)}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
+
+
+def check_number(name: str, value: object, *, above: float = -math.inf, minimum: float = -math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    if not (above < value < math.inf and value >= minimum):
+        bound = f">= {minimum:g}" if minimum > -math.inf else f"> {above:g}"
+        raise ValueError(f"{name}: expected a finite number {bound}, got {value!r}")
+    return float(value)
+
+
+def check_clip(clip: object) -> tuple[str, float] | None:
+    """None or (kind, c) with c a float."""
+    if clip is None:
+        return None
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2 or clip[0] not in CLIPS:
+        raise ValueError(f'clip: expected None, ("hard", c) or ("tanh", c), got {clip!r}')
+    kind, c = clip
+    if isinstance(c, bool) or not isinstance(c, numbers.Real) or not 0 < c < math.inf:
+        raise ValueError(f"clip: expected a finite c > 0, got {c!r}")
+    return kind, float(c)

@@ -1,0 +1,38 @@
+// What the bindings of several ops parse: enums by name, the options of the affine map.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "affine.h"
+
+namespace biflow {
+
+// The enumerator of `name`, by its place in `names`; op and what name the argument in the error.
+template <class Enum>
+Enum parse(const char* op, const char* what, const std::string& name, std::initializer_list<const char*> names) {
+  int i = 0;
+  for (const char* n : names) {
+    if (name == n) return static_cast<Enum>(i);
+    ++i;
+  }
+  STD_TORCH_CHECK(false, op, ": unknown ", what, " ", name);
+  return Enum{};
+}
+
+inline AffineOptions parse_affine(const char* op, const std::string& layout, const std::string& scale,
+                                  const std::string& clip, double clip_value, const std::string& clip_on, bool flip) {
+  AffineOptions o;
+  o.layout = parse<Layout>(op, "layout", layout, {"scale_shift", "shift_scale", "interleaved"});
+  o.scale = parse<ScaleMap>(op, "scale", scale, {"exp", "softplus", "sigmoid"});
+  o.clip = parse<Clip>(op, "clip", clip, {"none", "hard", "tanh"});
+  STD_TORCH_CHECK(o.clip == Clip::none || clip_value > 0, op, ": clip_value must be > 0, got ", clip_value);
+  o.clip_value = clip_value;
+  o.clip_on = parse<ClipOn>(op, "clip_on", clip_on, {"both", "scale"});
+  o.flip = flip;
+  return o;
+}
+
+}  // namespace biflow
