@@ -153,6 +153,7 @@ def test_bf16_autocast():
     assert torch.equal(decoded, rev.decode(noise(), y, guidance=1.0)), "precision='fp32' holds under autocast"
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     rev = make_reverse(**GUIDED)
     arguments = noise(), torch.tensor([0, 1, -1]), torch.tensor([1.0, 2.0, 0.0])
