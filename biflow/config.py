@@ -16,7 +16,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from `values`; nested dataclasses from nested mappings.
 
     Args:
-        cls: a dataclass whose fields are annotated with int, float, bool, str, tuple[...], dict, None, Any, Literal,
+        cls: a dataclass whose fields are annotated with int, float, bool, str, tuple[...], dict, None, Any,
             dataclasses, or unions of these.
         values: field name -> value. Missing fields take their default. Lists become tuples; an int is a valid float.
         where: name of the mapping in error messages.
@@ -120,6 +120,8 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             node[leaf] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
             raise ValueError(f"override {override!r}: the value is not valid YAML ({error})") from None
+        except RecursionError:
+            raise ValueError(f"override {path}: expected a value of fewer nested levels") from None
     return result
 
 
@@ -128,11 +130,6 @@ _hints = functools.cache(typing.get_type_hints)  # slow, and a decode checks its
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
-    if origin is typing.Literal:
-        choices = typing.get_args(hint)
-        if value not in choices or isinstance(value, bool) != any(isinstance(c, bool) for c in choices):
-            raise ValueError(f"{where}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-        return value
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
         groups = [option for option in options if dataclasses.is_dataclass(option)]

@@ -19,6 +19,7 @@ from biflow.evaluate import EvaluationConfig, plots
 from biflow.models import BiFlow, TarFlow
 from biflow.report import markdown
 from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse
+from biflow.train.runs import check_same
 
 FLOW_PRESET, INVERSE_PRESET = "digits_flow", "digits_inverse"
 DEFAULT_GUIDANCE = 1.0  # of the learned samples; fixed before the samples are scored
@@ -73,7 +74,7 @@ def run_demo(
 
     Raises:
         FileExistsError: `out` is not empty and `resume` is not given, or not a demo's. ValueError: `resume` with other
-        arguments. ImportError: scikit-learn, Pillow or Matplotlib is missing.
+        arguments. ImportError: scikit-learn or Matplotlib is missing.
     """
     config = demo_config(quick=quick, seed=seed)
     out = Path(out)
@@ -107,8 +108,10 @@ def _prepare(out: Path, config: DemoConfig, resume: bool) -> None:
             raise FileExistsError(
                 f"{out}: expected a demo to resume (config.yaml), got a folder that holds other things"
             )
-        if yaml.safe_load(file.read_text()) != mapping:
-            raise ValueError(f"{out}: the demo in it has another configuration; expected the same --quick and --seed")
+        found = presets.read(str(file))
+        if not {"flow", "inverse"} <= found.keys():
+            raise FileExistsError(f"{file}: expected the configuration of a demo, got that of something else")
+        check_same(found, mapping, str(file))
     with replacing(file) as temporary:
         temporary.write_text(yaml.safe_dump(mapping, sort_keys=False))
 

@@ -101,8 +101,8 @@ def from_ml_tarflow(
         shift_only=_get(state, "blocks.0.proj_out.weight", 2).shape[0] == channels,
     )
     _get(state, "var", 2, (config.tokens, channels))  # before a model of T tokens is built
-    if not bool((state["var"] > 0).all()):
-        raise ValueError("var: expected positive variances")
+    if not bool(((state["var"] > 0) & torch.isfinite(state["var"])).all()):
+        raise ValueError("var: expected positive finite variances")
     with torch.random.fork_rng(devices=[]):  # the initial values are thrown away: leave the caller's stream alone
         flow = TarFlow(config)
     names = _names(flow)

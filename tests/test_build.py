@@ -50,16 +50,21 @@ def test_sdist_has_all_that_a_build_needs(sources, tmp_path):
     with tarfile.open(archive) as tar:
         packed = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     wanted = {
-        "LICENSE",
-        "README.md",
+        ".clang-format",
+        "CHANGELOG.md",
         "CMakeLists.txt",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "MANIFEST.in",
         "Makefile",
-        "requirements/dev.txt",
-        "setup.py",
+        "README.md",
         "pyproject.toml",
+        "setup.py",
     }
-    for folder, pattern in (("csrc", "*.*"), ("bindings", "*.cpp"), ("biflow", "*.py"), ("biflow", "*.yaml")):
-        wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob(pattern) if p.suffix not in (".so", ".pyc")}
+    for folder in (".ci", "benchmarks", "biflow", "bindings", "csrc", "docs", "examples", "requirements", "tests"):
+        found = {str(p.relative_to(sources)) for p in (sources / folder).rglob("*") if p.is_file()}
+        assert found, folder
+        wanted |= found
     assert wanted - packed == set()
     assert [name for name in packed if name.endswith((".so", ".pyc"))] == []
 

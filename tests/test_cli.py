@@ -1,7 +1,9 @@
 """Every command on tiny runs, and what wrong input is answered with."""
 
+import functools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,10 @@ import torch
 import yaml
 
 import biflow
-from biflow import cli, presets
+from biflow import cli, evaluate, presets
+from biflow.cli.common import data_config
+from biflow.train import trainer
 
-torch.set_num_threads(1)
 TINY = [
     "model.width=16", "model.head_dim=8", "model.num_blocks=2", "optim.steps=4", "optim.batch_size=16",
     "run.checkpoint_every=2", "run.tensorboard=false", "run.threads=1", "--quiet",
@@ -84,6 +87,31 @@ def test_sampled_npz_is_data(runs, tmp_path):
     assert (data.num_classes, data.img_size, data.channels) == (10, 8, 1)
 
 
+def test_samples_are_drawn_in_batches_and_bad_ones_are_counted(runs, tmp_path, monkeypatch, capsys):
+    def draw(name):
+        out = tmp_path / f"{name}.npz"
+        assert cli.main(["sample", f"{runs}/flow", "--n", "10", "--out", str(out)]) == 0
+        return np.load(out)
+
+    whole, sizes, original = draw("whole"), [], biflow.TarFlow.sample
+    assert capsys.readouterr().err == ""
+
+    def spy(self, n, *arguments, **options):
+        images = original(self, n, *arguments, **options)
+        if not sizes:
+            images[1:3, 0, 0, 0] = torch.tensor([torch.nan, torch.inf])
+        sizes.append(n)
+        return images
+
+    monkeypatch.setattr(cli.models, "BATCH", 4)
+    monkeypatch.setattr(biflow.TarFlow, "sample", spy)
+    parts = draw("parts")
+    assert sizes == [4, 4, 2]
+    assert parts["labels"].tolist() == whole["labels"].tolist()
+    np.testing.assert_allclose(parts["images"][3:], whole["images"][3:], atol=1e-4)
+    assert "2 of 10 images are not finite" in capsys.readouterr().err
+
+
 def test_sample_png_is_a_grid(runs, tmp_path):
     from PIL import Image
 
@@ -95,7 +123,9 @@ def test_sample_png_is_a_grid(runs, tmp_path):
         assert image.std() > 1
 
 
-def test_evaluate_flow_and_inverse(runs, tmp_path, capsys):
+def test_evaluate_flow_and_inverse(runs, tmp_path, capsys, monkeypatch):
+    short = functools.partial(evaluate.EvaluationConfig, judge_steps=60)
+    monkeypatch.setattr(evaluate, "EvaluationConfig", short)
     small = ["--samples", "40", "--guidance", "0", "--guidance", "1"]
     assert cli.main(["evaluate", f"{runs}/flow", *small]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -107,6 +137,25 @@ def test_evaluate_flow_and_inverse(runs, tmp_path, capsys):
     report = json.loads(out.read_text())
     assert [s["guidance"] for s in report["learned"]["samples"]] == [0.0, 1.0]
     assert report["learned"]["reconstruction_mse"] > 0
+
+
+def test_held_out_images_are_those_of_the_run(runs, tmp_path, capsys):
+    """An explicit --data that names the run's source must not bring another split: its images were trained on."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "flow", run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] |= {"seed": 7, "val_fraction": 0.2}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    newest = max((run / "checkpoints").iterdir()) / "model.safetensors"
+    for checkpoint in (run, newest):
+        for source in (None, "digits"):
+            assert data_config(source, str(checkpoint), 8) == biflow.data.DataConfig(seed=7, val_fraction=0.2)
+    assert capsys.readouterr().err == ""
+    assert data_config("other.npz", str(run), 8) == biflow.data.DataConfig(source="other.npz")
+    assert "held out by the default split" in capsys.readouterr().err
+    (tmp_path / "alone.safetensors").write_bytes(newest.read_bytes())
+    assert data_config("digits", str(tmp_path / "alone.safetensors"), 8) == biflow.data.DataConfig()
+    assert "held out by the default split" in capsys.readouterr().err
 
 
 def test_info(runs, capsys):
@@ -150,6 +199,10 @@ BAD = {
     "no such preset": ("train digit_flow --out {new}", "a preset (digits_flow, digits_inverse, fashion_flow"),
     "no such yaml": ("train none.yaml --out {new}", "none.yaml: no such file"),
     "broken yaml": ("train {tmp}/broken.yaml --out {new}", "broken.yaml: not valid YAML"),
+    "deep yaml": ("train {tmp}/deep.yaml --out {new}", "deep.yaml: expected settings of fewer nested levels"),
+    "yaml in itself": ("train {tmp}/self.yaml --out {new}", "expected settings that do not contain themselves"),
+    "deep override": ("train digits_flow data.source=" + "[" * 2000 + " --out {new}", "fewer nested levels"),
+    "no such device": ("train digits_flow run.device=cuda --out {new}", "device: expected 'cpu', for which this build"),
     "yaml list": ("train {tmp}/list.yaml --out {new}", "expected a mapping of settings, got list"),
     "wrong stage": ("train digits_inverse --out {new}", "expected a configuration of stage 'flow', got 'inverse'"),
     "unknown field": ("train digits_flow model.widht=3 --out {new}", "unknown field 'widht'; expected one of"),
@@ -169,7 +222,7 @@ BAD = {
     "class out of range": ("sample {runs}/flow --class 10", "expected a class in [0, 10), all or none, got '10'"),
     "class not a number": ("sample {runs}/flow --class three", "expected a class in [0, 10), all or none, got 'three'"),
     "negative guidance": ("sample {runs}/flow --guidance=-1", "guidance: expected a finite number >= 0, got -1"),
-    "guidance not trained": ("sample {runs}/inverse --guidance 9", "guidance: expected at most 3 (as trained), got 9"),
+    "guidance not trained": ("sample {runs}/inverse --guidance 9", "guidance: expected at most 2 (as trained), got 9"),
     "no-denoise of an inverse": ("sample {runs}/inverse --no-denoise", "--no-denoise: expected with an exact flow"),
     "output of another kind": ("sample {runs}/flow --out s.gif", "expected a file ending in .png or .npz"),
     "output nowhere": ("sample {runs}/flow --out {new}/s.png", "--out: expected an existing folder"),
@@ -177,7 +230,7 @@ BAD = {
     "checkpoint without a run": ("evaluate {tmp}/alone.safetensors", "expected --data"),
     "no such op": ("bench --op fft", "expected one of affine, decode_block, attention, got 'fft'"),
     "demo in a used folder": ("demo --out {runs}/flow", "the folder is not empty"),
-    "demo resumed elsewhere": ("demo --out {runs}/flow --resume", "has another configuration"),
+    "demo resumed elsewhere": ("demo --out {runs}/flow --resume", "expected the configuration of a demo"),
 }  # fmt: skip
 
 
@@ -186,6 +239,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(line, message, runs, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.yaml").write_text("a: [1")
     (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    (tmp_path / "self.yaml").write_text("stage: flow\nmodel: &a {inner: *a}\n")
     (tmp_path / "alone.safetensors").write_bytes((runs / "flow" / "model.safetensors").read_bytes())
     words = [w.format(runs=runs, tmp=tmp_path, new=tmp_path / "new") for w in line.split()]
     assert cli.main(words) == 2
@@ -208,6 +263,19 @@ def test_failures_and_interrupts_have_their_own_exit_codes(monkeypatch, capsys, 
     assert (code, err) == (1, "biflow: error: FloatingPointError: step 3: loss is nan (--debug shows where)\n")
     code, err = fail(KeyboardInterrupt("stopped at step 3"))
     assert (code, err) == (130, "biflow: error: stopped at step 3\n")
+
+
+def test_sigterm_says_that_a_checkpoint_was_written(tmp_path, monkeypatch, capsys):
+    original = trainer.Trainer._train_step
+
+    def step_with_signal(self):
+        signal.raise_signal(signal.SIGTERM)
+        original(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", step_with_signal)
+    assert cli.main(["train", *TINY_FLOW, "--out", str(tmp_path / "run")]) == 143
+    text = "biflow: stopped by a signal at step 1 of 4, after writing a checkpoint to resume from\n"
+    assert capsys.readouterr().err == text
 
 
 def test_debug_shows_the_traceback(capsys):

@@ -5,13 +5,12 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import biflow
 from biflow import demo
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +45,10 @@ def test_the_report_has_every_number(finished):
     assert report["exact"]["round_trip_max_error"] < 1e-4
     assert report["data"]["classifier_held_out_accuracy"] > 0.9
     assert report["learned"]["reconstruction_mse"] > 0
-    for kind, guidances in (("exact", [0, 1, 2, 3, 4]), ("learned", [0, 1, 2, 3])):
+    trained = demo.demo_config(quick=True).inverse.model.max_guidance
+    for kind, guidances in (("exact", demo.GUIDANCES), ("learned", [g for g in demo.GUIDANCES if g <= trained])):
         samples = report[kind]["samples"]
-        assert [s["guidance"] for s in samples] == guidances
+        assert [s["guidance"] for s in samples] == list(guidances)
         for entry in samples:
             for name in ("class_agreement", "frechet", "pixel_mean_difference", "pixel_std_difference"):
                 assert isinstance(entry[name], float), name
@@ -62,16 +62,9 @@ def test_the_report_has_every_number(finished):
     assert all(row[way] > 0 for row in rows for way in ("learned", "exact_eager", "exact_op"))
 
 
-def test_the_same_twice_up_to_timings(finished, tmp_path):
+def test_an_interrupted_demo_ends_in_the_same_bytes_as_another_one(finished, tmp_path, monkeypatch):
+    """Both stages are trained anew here, so the same twice is shown too; only timings differ."""
     out, report = finished
-    again = demo.run_demo(tmp_path, quick=True, progress=False)
-    assert without_timings(again) == without_timings(report)
-    for name in ("samples_exact.png", "samples_learned.png", "trajectory.png"):
-        assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
-
-
-def test_an_interrupted_demo_resumes_to_the_same_report(finished, tmp_path, monkeypatch):
-    _, report = finished
 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
@@ -82,10 +75,12 @@ def test_an_interrupted_demo_resumes_to_the_same_report(finished, tmp_path, monk
             demo.run_demo(tmp_path, quick=True, progress=False)
     with pytest.raises(FileExistsError, match="the folder is not empty"):
         demo.run_demo(tmp_path, quick=True, progress=False)
-    with pytest.raises(ValueError, match="the same --quick and --seed"):
+    with pytest.raises(ValueError, match=r"has flow\.run\.seed = 0, this configuration 1; .* \(another --out\)"):
         demo.run_demo(tmp_path, quick=True, seed=1, progress=False, resume=True)
     resumed = demo.run_demo(tmp_path, quick=True, progress=False, resume=True)
     assert without_timings(resumed) == without_timings(report)
+    for name in ("samples_exact.png", "samples_learned.png", "trajectory.png"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
 
 
 def test_a_folder_that_is_not_a_demo_is_left_alone(tmp_path):

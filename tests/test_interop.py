@@ -147,7 +147,9 @@ BAD_STATES = {
         r"blocks\.0\.pos_embed: expected torch\.float32",
     ),
     "mask": (lambda: _edit(**{"blocks.1.attn_mask": torch.ones(4, 4)}), r"blocks\.1\.attn_mask: .*lower triangle"),
-    "var-sign": (lambda: _edit(var=-torch.ones(4, 4)), "var: expected positive"),
+    "var-sign": (lambda: _edit(var=-torch.ones(4, 4)), "var: expected positive finite"),
+    "var-zero": (lambda: _edit(var=torch.zeros(4, 4)), "var: expected positive finite"),
+    "var-inf": (lambda: _edit(var=torch.full((4, 4), torch.inf)), "var: expected positive finite"),
     "mixed-nvp": (
         lambda: _edit(**{"blocks.1.proj_out.weight": torch.ones(4, 16), "blocks.1.proj_out.bias": torch.ones(4)}),
         r"blocks\.1\.proj_out\.weight: expected shape \(8, 16\), got \(4, 16\)",

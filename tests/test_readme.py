@@ -1,5 +1,6 @@
 """The README's code runs: its Python blocks as they stand, its `biflow` commands with tiny settings added."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 # What makes a README command small, put after it.
 SMALL = ["model.width=32", "model.head_dim=16", "model.num_blocks=2", "optim.steps=2", "optim.batch_size=8"]
-SMALL += ["optim.warmup_steps=1", "run.tensorboard=false"]
-TINY = {"train": SMALL, "distill": SMALL, "demo": ["--quick"], "bench": ["--quick"]}
+SMALL += ["optim.warmup_steps=1", "run.tensorboard=false", "run.threads=1"]
+TINY = {"train": SMALL, "distill": SMALL, "demo": ["--quick"], "bench": ["--quick"], "evaluate": ["--samples", "40"]}
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:
@@ -46,7 +48,7 @@ def test_biflow_commands_run(tmp_path):
     for command, *arguments in commands():
         call = [command, *arguments, *TINY.get(command, [])]
         program = [sys.executable, "-c", "import sys; from biflow.cli import main; sys.exit(main())", *call]
-        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
         assert done.returncode == 0, f"biflow {shlex.join(call)}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "samples.png").stat().st_size > 0
 

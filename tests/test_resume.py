@@ -42,6 +42,7 @@ def lines(out):
     return kill_resume.metrics(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["flow", "inverse"])
 def test_kill_9_at_random_moments_loses_nothing(stage, tmp_path):
     kill_resume.check(stage, kills=3, folder=tmp_path, seed=1, steps=120)

@@ -153,6 +153,7 @@ def test_bf16_autocast():
     assert torch.equal(decoded, rev.decode(noise(), y, guidance=1.0)), "precision='fp32' holds under autocast"
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     rev = make_reverse(**GUIDED)
     arguments = noise(), torch.tensor([0, 1, -1]), torch.tensor([1.0, 2.0, 0.0])
@@ -183,6 +184,7 @@ def test_compiles_into_one_graph():
         (lambda r: r.decode(noise(1), precision="bf16"), ValueError, "precision: expected one of fp32, got 'bf16'"),
         (lambda r: r.sample(-1), ValueError, "n: expected 0 or more, got -1"),
         (lambda r: r.sample(True), TypeError, "n: expected an int, got bool True"),
+        (lambda r: r.sample(1, generator=3), TypeError, "generator: expected a torch.Generator or None, got int 3"),
         (lambda r: r.sample(1, temperature=-1.0), ValueError, "temperature: expected a finite number >= 0, got -1"),
         (lambda r: r.double().sample(1), TypeError, "expected a model of torch.float32 weights, got torch.float64"),
     ],

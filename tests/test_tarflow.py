@@ -5,6 +5,7 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from tiny import BATCH, VARIANTS, images, make_condition, make_flow, noise
@@ -55,7 +56,7 @@ def test_a_token_depends_on_those_before_it_in_block_order(which, start_token):
     if start_token:
         assert (diagonal.diag() - 1).abs().min() > 1e-6, "with a start token the first token transforms too"
     else:
-        torch.testing.assert_close(diagonal, torch.eye(c.channels, dtype=torch.float64), rtol=0, atol=0)
+        assert torch.equal(diagonal, flow.var[first].rsqrt().diag()), "the first token stays as it is, up to the prior"
 
 
 def _pixels(tokens, patch):
@@ -236,6 +237,24 @@ def test_sampling_works_without_gradients(mode):
     assert all(p.grad is None for p in flow.parameters())
 
 
+@pytest.mark.parametrize("options", [{"generator": 3}, {"denoise": "no"}, {"denoise": 1}], ids=str)
+def test_sample_refuses(options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))}: expected .* got (int|str)"):
+        make_flow(noise_std=0.2).sample(1, **options)
+
+
+def test_sample_takes_a_count_of_numpy():
+    assert make_flow().sample(np.int64(2)).shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize("call", ["encode", "decode", "denoise"])
+def test_a_device_without_kernels_is_refused(call):
+    flow = make_flow(noise_std=0.2).to("meta")
+    x = torch.zeros(1, 4, 4, device="meta") if call == "decode" else torch.zeros(1, 1, 4, 4, device="meta")
+    with pytest.raises(ValueError, match="expected a model on cpu: this build has no kernels for meta"):
+        getattr(flow, call)(x)
+
+
 def test_a_diverged_sample_does_not_spoil_the_others():
     """Strong guidance may overflow one sample: it comes back as it is, the others are denoised."""
     flow = make_flow(num_classes=3, noise_std=0.2)
@@ -284,5 +303,5 @@ def test_a_single_token(name):
     torch.testing.assert_close(flow.decode(z, y, context, guidance=0.0), x)
     assert flow.decode(z, y, context, guidance=1.0).isfinite().all()
     if not (flow.config.start_token or flow.config.shift_only):
-        assert torch.equal(z, patchify(x, 2))
-        assert (logdet == 0).all()
+        assert torch.equal(z, patchify(x, 2) * flow.var.rsqrt())
+        assert (logdet == -0.5 * flow.var.log().sum()).all()

@@ -43,8 +43,8 @@ def make_flow(std=0.1, dtype=torch.float32, seed=0, **config):
     shape = {"img_size": 4, "in_channels": 1, "patch_size": 2, "width": 16, "head_dim": 8, "num_blocks": 3}
     flow = biflow.TarFlow(biflow.TarFlowConfig(**{**shape, "layers_per_block": 1, **config}))
     flow = randomize(flow, std, seed)
-    if flow.config.shift_only:  # a prior that training has moved
-        flow.var.copy_(0.5 + torch.rand(flow.var.shape, generator=torch.Generator().manual_seed(seed)))
+    # not ones, with a scale or without: files may bring any prior
+    flow.var.copy_(0.5 + torch.rand(flow.var.shape, generator=torch.Generator().manual_seed(seed)))
     return flow.to(dtype)
 
 

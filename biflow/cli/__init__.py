@@ -1,6 +1,7 @@
 """The command line: `biflow train | distill | sample | evaluate | info | demo | bench`.
 
-Exit codes: 0 done, 1 a failure at run time, 2 wrong usage, configuration, data or checkpoint, 130 interrupted.
+Exit codes: 0 done, 1 a failure at run time, 2 wrong usage, configuration, data or checkpoint, 130 interrupted
+(SIGINT), 143 terminated (SIGTERM).
 Importing this package does not import torch: commands do, when they run.
 """
 
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in line
     try:
         return app(args=[word for word in line if word != "--debug"], prog_name="biflow", standalone_mode=False) or 0
+    except SystemExit as stop:  # training stopped by SIGTERM; it has said so
+        return stop.code
     except Exception as error:
         code, text = _explain(error)
         if debug:

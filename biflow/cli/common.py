@@ -70,20 +70,43 @@ def load_model(checkpoint: str, kind: str | None = None) -> "TarFlow | BiFlow":
 
 
 def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConfig":
-    """The data that the user named, or else the data of the run that the checkpoint lies in."""
-    import yaml
+    """The data that the user named, or else the data of the run that the checkpoint lies in.
 
+    Of a source that the run was trained on, the run's own split, so that nothing it has seen counts as held out.
+    """
+    from biflow.data import DataConfig
+
+    own = _run_data(checkpoint)
+    if source is None:
+        if own is None:
+            raise ValueError(
+                f"{checkpoint}: expected --data, since the checkpoint does not lie in a run folder with config.yaml"
+            )
+        return own
+    if own is not None and _same_source(own.source, source):
+        return own
+    typer.echo(
+        f"biflow: {checkpoint}: no run folder says that it was trained on {source}; images are held out by the default "
+        "split, and may include some that it was trained on",
+        err=True,
+    )
+    return DataConfig(source=source, img_size=img_size if Path(source).expanduser().is_dir() else None)
+
+
+def _run_data(checkpoint: str) -> "DataConfig | None":
+    """The data of the run that the checkpoint lies in, from its config.yaml; None: no run folder."""
+    from biflow import presets
     from biflow.config import from_mapping
     from biflow.data import DataConfig
 
-    if source is not None:
-        return DataConfig(source=source, img_size=img_size if Path(source).is_dir() else None)
     folder = model_file(checkpoint).parent
     for candidate in (folder / "config.yaml", folder.parent.parent / "config.yaml"):
         if candidate.is_file():
-            values = yaml.safe_load(candidate.read_text(encoding="utf-8"))
-            if isinstance(values, dict) and "data" in values:
+            values = presets.read(str(candidate))
+            if values.get("stage") in presets.STAGES and "data" in values:
                 return from_mapping(DataConfig, values["data"], f"{candidate}: data")
-    raise ValueError(
-        f"{checkpoint}: expected --data, since the checkpoint does not lie in a run folder with config.yaml"
-    )
+    return None
+
+
+def _same_source(a: str, b: str) -> bool:
+    return a == b or ("digits" not in (a, b) and Path(a).expanduser().resolve() == Path(b).expanduser().resolve())

@@ -19,7 +19,8 @@ def train(config: Config, out: Out, overrides: Overrides = None, resume: Resume 
     """Train a flow by maximum likelihood (stage one).
 
     The folder gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, when done, model.safetensors. Presets:
-    digits_flow, fashion_flow, folder_flow.
+    digits_flow, fashion_flow, folder_flow. SIGINT (Ctrl-C) and SIGTERM finish the step and write a checkpoint to
+    --resume from; exit codes 130 and 143.
     """
     from biflow import presets
     from biflow.train import train_flow

@@ -17,6 +17,7 @@ Checkpoint = Annotated[
     str, typer.Argument(metavar="CKPT", help="A model .safetensors file, or a finished run's folder.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
+BATCH = 256  # images drawn at once: memory does not grow with --n
 
 
 def sample(
@@ -57,9 +58,16 @@ def sample(
         options["denoise"] = False if no_denoise else None
     elif no_denoise:
         raise ValueError("--no-denoise: expected with an exact flow; a learned inverse ends in clean images")
-    images = model.sample(
-        n, y, guidance=guidance, temperature=temperature, generator=torch.Generator().manual_seed(seed), **options
+    options |= {"guidance": guidance, "temperature": temperature, "generator": torch.Generator().manual_seed(seed)}
+    images = torch.cat(
+        [
+            model.sample(min(BATCH, n - start), None if y is None else y[start : start + BATCH], **options)
+            for start in range(0, n, BATCH)
+        ]
     )
+    bad = n - int(images.isfinite().flatten(1).all(1).sum())
+    if bad:
+        typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
     _write(images, y, path)
     typer.echo(f"{path}: {n} images")
 

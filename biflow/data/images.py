@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from biflow.config import check_fields
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -28,6 +30,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_fields(self)
         if not self.source:
             raise ValueError("source: expected 'digits', a .npz file or an image folder, got an empty string")
         if self.img_size is not None and self.img_size < 1:

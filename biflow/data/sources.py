@@ -40,7 +40,7 @@ def load(config: DataConfig) -> ImageData:
             that decoded batch by batch. Transparency is dropped; hidden files and other suffixes are passed over.
 
     Raises:
-        ImportError: scikit-learn or Pillow is not installed. FileNotFoundError: no such file or folder.
+        ImportError: scikit-learn is not installed. FileNotFoundError: no such file or folder.
         ValueError: the source is not as above; names the file, what was expected and what came.
     """
     if config.source == "digits":
@@ -152,12 +152,8 @@ def _check_classes(path: Path, train: Tensor, test: Tensor | None) -> None:
 
 
 def _folder(path: Path, config: DataConfig) -> ImageData:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ImportError(
-            "image folders are read with Pillow, which is not installed: pip install 'biflow[train]'"
-        ) from None
+    from PIL import Image
+
     if config.img_size is None:
         raise ValueError(f"{path}: expected img_size with an image folder (images are resized to it), got None")
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))

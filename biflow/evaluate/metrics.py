@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from biflow.config import check_fields, check_number
 from biflow.data import ImageData
 from biflow.evaluate.classifier import FEATURES, Judge, train_judge
 from biflow.evaluate.frechet import frechet_distance
@@ -36,11 +37,14 @@ class EvaluationConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("samples", "noise_draws", "judge_steps", "train_images", "held_out_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.guidances or min(self.guidances) < 0:
-            raise ValueError(f"guidances: expected at least one number >= 0, got {self.guidances}")
+        if not self.guidances:
+            raise ValueError("guidances: expected at least one number >= 0, got none")
+        for guidance in self.guidances:
+            check_number("guidances", guidance, minimum=0)
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> di
     z, sample_y = noise(flow, config)
     few = slice(0, 50)
     _, info = flow.decode(
-        z[few], None if sample_y is None else sample_y[few], guidance=_usable(flow, config)[-1], return_info=True
+        z[few], None if sample_y is None else sample_y[few], guidance=max(_usable(flow, config)), return_info=True
     )
     mean = float(torch.cat(nats).mean())
     bits = None if real.bin_width is None else mean / math.log(2) - math.log2(real.bin_width)

@@ -1,4 +1,4 @@
-"""Pictures: grids of samples, trajectories from noise to data, training curves. Needs Pillow and Matplotlib."""
+"""Pictures: grids of samples, trajectories from noise to data, training curves (these need Matplotlib)."""
 
 import json
 from collections.abc import Sequence
@@ -62,18 +62,19 @@ def trajectories(
 
     exact: what each flow block's inverse returned, then the denoised image (x_0 again for a flow without noise).
     learned: the states that the heads of the learned inverse predict after each group of layers, then its output.
-    All as images (N,C,S,S); guidance acts on both.
+    All as images (N,C,S,S); guidance acts on the exact ones, and on the learned ones where it was trained in.
     """
     patch, classes = flow.config.patch_size, flow.config.num_classes
     strength = Guidance(guidance if classes else 0.0)
-    x = z * flow.var.sqrt() if flow.config.shift_only else z
+    x = z * flow.var.sqrt()
     exact = [z]
     for block in reversed(flow.blocks):
         x = block.decode_sequential(x, y if classes else None, None, strength)
         exact.append(x)
     exact = [unpatchify(state, patch) for state in exact]
     exact.append(flow.denoise(exact[-1], y if classes else None) if flow.config.noise_std > 0 else exact[-1])
-    w = z.new_full((len(z),), guidance) if rev.config.max_guidance else None
+    # as in BiFlow.decode: samples without a label are not guided
+    w = None if y is None or not rev.config.max_guidance else torch.where(y < 0, 0.0, guidance).to(z.dtype)
     clean, states = rev(z, y if rev.config.num_classes else None, w, return_states=True)
     return exact, [unpatchify(state, patch) for state in [z, *states[::-1], clean]]
 

@@ -1,6 +1,7 @@
 """What both transformers share: the layer, its norms and gates, rotary tables, patches, class tables, input checks."""
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,12 @@ from biflow.config import check_number
 
 NORM_EPS = {"layernorm": 1e-5, "rmsnorm": 1e-6}
 ROPE_THETA = 1e4
+# device types that the ops of a flow have kernels for in this build
+KERNEL_DEVICES = tuple(
+    kind
+    for kind, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("biflow::affine_encode", key)
+)
 
 
 class Norm(nn.Module):
@@ -108,14 +115,21 @@ def check_grid(img_size: int, in_channels: int, patch_size: int) -> None:
     check_size("in_channels patch_size^2", in_channels * patch_size**2)
 
 
-def check_transformer(width: int, head_dim: int, mlp_ratio: float, norm: str, gate: str) -> None:
-    """Raises ValueError on a width, head_dim, mlp_ratio, norm or gate that `Layer` does not take."""
+def check_transformer(
+    width: int, head_dim: int, mlp_ratio: float, norm: str, gate: str, *, largest_head: int | None = None
+) -> None:
+    """Raises ValueError on a width, head_dim, mlp_ratio, norm or gate that `Layer` does not take.
+
+    largest_head: largest head_dim; None: any.
+    """
     check_size("width", width)
     check_size("head_dim", head_dim)
     if width % head_dim:
         raise ValueError(f"width: expected a multiple of head_dim {head_dim}, got {width}")
     if head_dim % 2:
         raise ValueError(f"head_dim: expected an even number, got {head_dim}")
+    if largest_head is not None and head_dim > largest_head:
+        raise ValueError(f"head_dim: expected at most {largest_head}, the limit of exact decoding, got {head_dim}")
     check_number("mlp_ratio", mlp_ratio, above=0)
     check_size("mlp_ratio * width", mlp_width(mlp_ratio, width))
     if norm not in NORM_EPS:
@@ -180,12 +194,26 @@ def class_rows(table: Tensor, y: Tensor | None, batch: int) -> Tensor:
 # --- checks at the models' entry points. Those of values are skipped while torch.compile traces: they break the graph.
 
 
-def check_count(name: str, n: int) -> None:
-    """n: an int, 0 or more."""
-    if not isinstance(n, int) or isinstance(n, bool):
+def check_count(name: str, n: int) -> int:
+    """n as an int: an integer of Python or NumPy, 0 or more."""
+    if not isinstance(n, numbers.Integral) or isinstance(n, bool):
         raise TypeError(f"{name}: expected an int, got {type(n).__name__} {n!r}")
     if n < 0:
         raise ValueError(f"{name}: expected 0 or more, got {n}")
+    return int(n)
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """generator: a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__} {generator!r}")
+
+
+def check_kernels(weight: Tensor) -> None:
+    """The model (by one of its parameters) is on a device that the ops of a flow have kernels for."""
+    if weight.device.type not in KERNEL_DEVICES:
+        have = " or ".join(KERNEL_DEVICES)
+        raise ValueError(f"expected a model on {have}: this build has no kernels for {weight.device.type}")
 
 
 def check_labels(y: Tensor | None, num_classes: int, batch: int, device: torch.device) -> None:

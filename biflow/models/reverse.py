@@ -18,6 +18,7 @@ from biflow.models.layers import (
     check_count,
     check_decoding,
     check_floats,
+    check_generator,
     check_grid,
     check_labels,
     check_size,
@@ -37,7 +38,8 @@ class BiFlowConfig:
 
     img_size, in_channels, patch_size: as in the forward model's TarFlowConfig.
     num_blocks: B, flow blocks of the forward model; the reverse has B + 1 groups of layers.
-    layers_per_group, width, head_dim, mlp_ratio: layers in each group; C; d; hidden width of the MLP over C (rounded
+    layers_per_group, width, head_dim, mlp_ratio: layers in each group; C; d (any even number: the flow's limit of 256
+        is that of exact decoding); hidden width of the MLP over C (rounded
         to a multiple of 8).
     num_classes, class_tokens: classes (0: none) and in-context tokens per class.
     max_guidance, guidance_tokens: guidance strengths in [0, max_guidance] are an input of the network, given as
@@ -235,7 +237,8 @@ class BiFlow(nn.Module):
             (n,C,H,W) fp32, about [-1, 1], not clamped. Works under torch.no_grad() and torch.inference_mode().
         """
         c = self.config
-        check_count("n", n)
+        n = check_count("n", n)
+        check_generator(generator)
         temperature = check_number("temperature", temperature, minimum=0)
         own = self.proj_in.weight.device
         device = own if generator is None else generator.device

@@ -18,7 +18,9 @@ from biflow.models.layers import (
     check_count,
     check_decoding,
     check_floats,
+    check_generator,
     check_grid,
+    check_kernels,
     check_labels,
     check_size,
     check_transformer,
@@ -28,6 +30,8 @@ from biflow.models.layers import (
 )
 from biflow.ops import BlockConfig
 
+LARGEST_HEAD = 256  # of ops.decode_block
+
 
 @dataclass(frozen=True)
 class TarFlowConfig:
@@ -35,7 +39,7 @@ class TarFlowConfig:
 
     img_size, in_channels, patch_size: images (in_channels, img_size, img_size); T = (img_size / patch_size)^2 tokens of
         D = in_channels patch_size^2 channels.
-    width, head_dim, mlp_ratio: C, d, and the MLP's hidden width over C (rounded to a multiple of 8).
+    width, head_dim, mlp_ratio: C, d (at most 256), and the MLP's hidden width over C (rounded to a multiple of 8).
     num_blocks, layers_per_block: flow blocks, and layers in each: one number, or one per block in encode order (the
         deep-shallow design of STARFlow is (2, 2, 2, 2, 2, 24)).
     num_classes, class_tokens: classes (0: none); class_tokens = 0 adds the class embedding to every token, K > 0 puts K
@@ -80,7 +84,7 @@ class TarFlowConfig:
             raise ValueError(f"layers_per_block: expected {self.num_blocks} numbers (num_blocks), got {len(layers)}")
         for count in layers if isinstance(layers, tuple) else (layers,):
             check_size("layers_per_block", count)
-        check_transformer(self.width, self.head_dim, self.mlp_ratio, self.norm, self.gate)
+        check_transformer(self.width, self.head_dim, self.mlp_ratio, self.norm, self.gate, largest_head=LARGEST_HEAD)
         for name in ("num_classes", "class_tokens", "context_dim"):
             check_size(name, getattr(self, name), 0)
         check_number("noise_std", self.noise_std, minimum=0)
@@ -158,8 +162,9 @@ class TarFlow(nn.Module):
             TypeError, ValueError: wrong dtype, device or shape, labels out of range, NaN or infinite values (values
                 are not looked at inside torch.compile).
         """
-        c = self.config
-        check_floats("x", x, (None, c.in_channels, c.img_size, c.img_size), self.blocks[0].proj_in.weight)
+        c, weight = self.config, self.blocks[0].proj_in.weight
+        check_kernels(weight)
+        check_floats("x", x, (None, c.in_channels, c.img_size, c.img_size), weight)
         self._check_condition(y, context, x.shape[0])
         return self(x, y, context, return_states=return_states)
 
@@ -247,6 +252,7 @@ class TarFlow(nn.Module):
         solver = solvers.check_options(solver, window, tol)
         strength = solvers.Guidance(guidance, guide, anneal, attn_temp)
         check_decoding(precision, solvers.PRECISIONS, weight)
+        check_kernels(weight)
         with torch.autocast(weight.device.type, enabled=False):  # precision says what is computed, not the surroundings
             check_floats("z", z, (None, c.tokens, c.channels), weight)
             self._check_condition(y, context, z.shape[0])
@@ -280,8 +286,11 @@ class TarFlow(nn.Module):
             (n,C,H,W) fp32, about [-1, 1], not clamped. Works under torch.no_grad() and torch.inference_mode().
         """
         c = self.config
-        check_count("n", n)
+        n = check_count("n", n)
+        check_generator(generator)
         temperature = check_number("temperature", temperature, minimum=0)
+        if denoise is not None and not isinstance(denoise, bool):
+            raise TypeError(f"denoise: expected True, False or None, got {type(denoise).__name__} {denoise!r}")
         if decode_options.get("return_info"):
             raise ValueError("return_info: expected with decode, not with sample")
         denoise = c.noise_std > 0 if denoise is None else denoise
@@ -297,9 +306,10 @@ class TarFlow(nn.Module):
 
         Arguments and errors as `encode`. Computed in x's dtype, also inside torch.autocast; the result has no graph.
         """
-        c = self.config
-        with torch.autocast(self.var.device.type, enabled=False):
-            check_floats("x", x, (None, c.in_channels, c.img_size, c.img_size), self.blocks[0].proj_in.weight)
+        c, weight = self.config, self.blocks[0].proj_in.weight
+        check_kernels(weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            check_floats("x", x, (None, c.in_channels, c.img_size, c.img_size), weight)
         self._check_condition(y, context, x.shape[0])
         return self._denoise(x, y, context)
 

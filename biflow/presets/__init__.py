@@ -41,8 +41,10 @@ def read(source: str) -> dict[str, Any]:
         raise ValueError(f"expected a .yaml file or a preset ({', '.join(names())}), got {source!r}")
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise ValueError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise ValueError(f"{source}: expected settings of fewer nested levels") from None
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a mapping of settings, got {type(values).__name__}")
     return values
@@ -62,7 +64,11 @@ def training(source: str, overrides: Sequence[str] = (), stage: str | None = Non
     """
     from biflow.train import FlowTraining, InverseTraining
 
-    values = apply_overrides(read(source), list(overrides))
+    values = read(source)
+    try:
+        values = apply_overrides(values, list(overrides))
+    except RecursionError:  # YAML can say that a group is its own member
+        raise ValueError(f"{source}: expected settings that do not contain themselves") from None
     found = values.pop("stage", None)
     if found not in STAGES:
         raise ValueError(f"{source}: stage: expected one of {', '.join(STAGES)}, got {found!r}")

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from biflow.config import check_fields
 from biflow.data import DataConfig
 from biflow.models import BiFlowConfig, TarFlowConfig
+from biflow.models.layers import KERNEL_DEVICES
 
 NORMALIZATIONS = ("none", "token_rms", "mean_square")
 PRECISIONS = ("fp32", "bf16")
@@ -33,6 +35,7 @@ class OptimConfig:
     ema: float = 0.9999
 
     def __post_init__(self):
+        check_fields(self)
         _at_least(self, 1, "steps", "batch_size")
         _at_least(self, 0, "warmup_steps", "min_lr", "weight_decay")
         if not (0 < self.lr < math.inf and self.min_lr <= self.lr):
@@ -54,7 +57,8 @@ class RunConfig:
     validate_images: at most so many held-out images, evenly spread, are used in a validation.
     keep: number of newest checkpoints kept.
     precision: "fp32", or "bf16" for autocast (weights and optimizer stay fp32).
-    device: where to train. threads: CPU threads (None: as torch has it); another number may change the last bits.
+    device: where to train, one that the ops have kernels for.
+    threads: CPU threads (None: as torch has it); another number may change the last bits.
     tensorboard: also write TensorBoard event files.
     """
 
@@ -70,6 +74,7 @@ class RunConfig:
     tensorboard: bool = True
 
     def __post_init__(self):
+        check_fields(self)
         _at_least(self, 0, "seed")
         _at_least(self, 1, "log_every", "validate_every", "checkpoint_every", "validate_images", "keep")
         if self.precision not in PRECISIONS:
@@ -77,9 +82,12 @@ class RunConfig:
         if self.threads is not None:
             _at_least(self, 1, "threads")
         try:
-            torch.device(self.device)
+            kind = torch.device(self.device).type
         except RuntimeError:
-            raise ValueError(f"device: expected a torch device such as 'cpu' or 'cuda', got {self.device!r}") from None
+            kind = None
+        if kind not in KERNEL_DEVICES:
+            have = " or ".join(map(repr, KERNEL_DEVICES))
+            raise ValueError(f"device: expected {have}, for which this build has kernels, got {self.device!r}")
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class AlignmentConfig:
     adaptive_constant: float = 0.01
 
     def __post_init__(self):
+        check_fields(self)
         _at_least(self, 0, "weight_output", "weight_states", "adaptive_power")
         if self.weight_output + self.weight_states == 0:
             raise ValueError("weight_output, weight_states: expected at least one of them above 0")
@@ -122,6 +131,7 @@ class FlowTraining:
     label_drop: float = 0.1
 
     def __post_init__(self):
+        check_fields(self)
         _check_drop(self.label_drop)
         if self.model.context_dim:
             raise ValueError(f"model.context_dim: expected 0 (data has no context), got {self.model.context_dim}")
@@ -139,6 +149,7 @@ class InverseTraining:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
 
     def __post_init__(self):
+        check_fields(self)
         _check_drop(self.label_drop)
         if self.model.max_guidance and not self.label_drop:
             raise ValueError("label_drop: expected more than 0 with max_guidance, which needs an unconditional output")

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from biflow import presets
 from biflow.checkpoint import TEMPORARY, replacing, sync
 from biflow.train.configs import flatten
 
@@ -38,11 +39,7 @@ def prepare(out: Path, config: dict, resume: bool) -> None:
     if entries and not (out / "config.yaml").exists():
         raise FileExistsError(f"{out}: expected a run to resume (config.yaml), got a folder that holds something else")
     if entries:
-        try:
-            found = yaml.safe_load((out / "config.yaml").read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{out / 'config.yaml'}: expected YAML; {error}") from None
-        check_same(found, config, str(out / "config.yaml"))
+        check_same(presets.read(str(out / "config.yaml")), config, str(out / "config.yaml"))
     for leftover in [*out.glob(f"{TEMPORARY}*"), *(out / "checkpoints").glob(f"{TEMPORARY}*")]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     with replacing(out / "config.yaml") as temporary:
@@ -50,15 +47,14 @@ def prepare(out: Path, config: dict, resume: bool) -> None:
     (out / "checkpoints").mkdir(exist_ok=True)
 
 
-def check_same(found: object, config: dict, where: str) -> None:
+def check_same(found: dict, config: dict, where: str) -> None:
     """ValueError naming the first field in which the run's configuration differs from the one given."""
-    old = flatten(found) if isinstance(found, dict) else {}
-    new = flatten(config)
+    old, new = flatten(found), flatten(config)
     for name in new:
         if name not in FREE_FIELDS and old.get(name) != new.get(name):
             raise ValueError(
                 f"{where}: the run to resume has {name} = {old.get(name)!r}, this configuration {new.get(name)!r}; "
-                "resume with the configuration of the run, or start another one in a new folder"
+                "resume with the configuration of the run, or start another one in a new folder (another --out)"
             )
 
 

@@ -44,10 +44,6 @@ class Trainer:
     ):
         self.config, self.objective, self.data, self.out = config, objective, data, out
         self.device = torch.device(config.run.device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"run.device: expected a device of this machine, got {config.run.device!r} without CUDA")
-        if self.device.type == "cuda" and config.run.precision == "bf16" and not torch.cuda.is_bf16_supported():
-            raise ValueError("run.precision: expected 'fp32' on this GPU, which has no bf16; got 'bf16'")
         self.mapping = {"stage": objective.stage, **checkpoint.to_mapping(config)}
         self.model = model.to(self.device).train()
         self.average = Average(self.model, config.optim.ema)
@@ -86,7 +82,10 @@ class Trainer:
             checkpoint.save(self.average.model, self.out / "model.safetensors", {"step": self.step})
         if signals:
             text = f"stopped by a signal at step {self.step} of {steps}, after writing a checkpoint to resume from"
-            raise KeyboardInterrupt(text) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
+            if signals[0] == signal.SIGINT:
+                raise KeyboardInterrupt(text)
+            tqdm.write(f"biflow: {text}", file=sys.stderr)  # the exit code takes the place of SystemExit's text
+            raise SystemExit(128 + signals[0])
         return self.average.model
 
     def save(self) -> None:
