@@ -68,12 +68,10 @@ def assert_matches(x, params, mask, options):
         )
         for i, name in enumerate(names):
             assert got[i].dtype == (same[i].dtype if i else x.dtype)
-            floor = torch.finfo(got[i].dtype).eps
             terms = x[0].numel() if name == "logdet" else 1
-            if x.dtype == torch.float64:  # the reference is itself only as good as a few roundings of each term
-                floor *= 8 * terms
-            else:  # the roundings of a sum, which partly cancel
-                floor *= math.sqrt(terms)
+            # docs/decisions/0007
+            roundings = 8 * terms if x.dtype == torch.float64 else math.sqrt(terms)
+            floor = roundings * torch.finfo(got[i].dtype).eps
             over = excess(got[i], same[i], exact[i], floor)
             assert over <= 0, (
                 f"{direction} {name} over by {over:.2e}: {tuple(x.shape)} {x.dtype} {params.dtype} {options}"
