@@ -22,8 +22,8 @@ from biflow.train import FlowTraining, InverseTraining, train_flow, train_invers
 from biflow.train.runs import check_same
 
 FLOW_PRESET, INVERSE_PRESET = "digits_flow", "digits_inverse"
-DEFAULT_GUIDANCE = 1.0  # of the learned samples; fixed before the samples are scored
-GUIDANCES = (0.0, 0.5, 0.75, 1.0, 2.0, 3.0)
+DEFAULT_GUIDANCE = 0.7  # of the learned samples; fixed before the samples are scored
+GUIDANCES = (0.0, 0.5, DEFAULT_GUIDANCE, 1.0, 2.0, 3.0)
 PICTURE_COLUMNS = 10
 QUICK_FLOW = (
     "model.width=32", "model.head_dim=16", "model.num_blocks=2", "model.layers_per_block=1", "optim.steps=20",
@@ -51,7 +51,7 @@ def demo_config(*, quick: bool = False, seed: int = 0) -> DemoConfig:
         flow=presets.training(FLOW_PRESET, (QUICK_FLOW if quick else ()) + seeded, "flow"),
         inverse=presets.training(INVERSE_PRESET, (QUICK_INVERSE if quick else ()) + seeded, "inverse"),
         evaluation=EvaluationConfig(
-            samples=100 if quick else 500, guidances=GUIDANCES, judge_steps=60 if quick else 200, seed=seed
+            samples=100 if quick else 1000, guidances=GUIDANCES, judge_steps=60 if quick else 200, seed=seed
         ),
         default_guidance=DEFAULT_GUIDANCE,
         timing_repetitions=2 if quick else 15,
