@@ -38,7 +38,8 @@ def runs(tmp_path_factory):
 
 def test_train_and_distill_apply_overrides(runs):
     config = yaml.safe_load((runs / "flow" / "config.yaml").read_text())
-    assert (config["model"]["width"], config["optim"]["steps"], config["model"]["noise_std"]) == (16, 4, 0.1)
+    kept = presets.read("digits_flow")["model"]["noise_std"]
+    assert (config["model"]["width"], config["optim"]["steps"], config["model"]["noise_std"]) == (16, 4, kept)
     assert isinstance(biflow.load(runs / "flow" / "model.safetensors"), biflow.TarFlow)
     assert isinstance(biflow.load(runs / "inverse" / "model.safetensors"), biflow.BiFlow)
 
