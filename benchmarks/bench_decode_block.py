@@ -5,7 +5,7 @@ checks of the input, the look for changed weights, the prior and the patches. Ra
 runs. A step is one network evaluation of one block: blocks x (T - 1) of them per decode. GFLOP/s count the linear
 layers.
 
-    python -m benchmarks.bench_decode_block [--quick] [--configs S,M,L] [--batches 1,16,64] [--threads N] [--json PATH]
+    python -m benchmarks.bench_decode_block [--quick] [--configs S,M,L] [--batches 1,16] [--threads N] [--json PATH]
 """
 
 import torch
@@ -21,6 +21,9 @@ CONFIGS = {  # 4 blocks, head_dim 64, F = 4 width; T = 16, 49, 256 tokens of D =
     "M": dict(img_size=28, in_channels=1, patch_size=4, width=256, layers_per_block=4),
     "L": dict(img_size=32, in_channels=3, patch_size=2, width=384, layers_per_block=4),
 }
+
+
+BATCHES = {"S": [1, 16, 64], "M": [1, 16, 64], "L": [1, 16]}  # the eager loop takes minutes at L 64
 
 
 def random_flow(name: str) -> TarFlow:
@@ -44,7 +47,7 @@ def run(quick: bool = False, configs: list[str] | None = None, batches: list[int
         packed = [(block.packed(), block.config) for block in flow.blocks]
         steps = c.num_blocks * (c.tokens - 1)
         parameters = sum(p.numel() for k, p in flow.blocks[0].named_parameters() if p.dim() == 2 and k != "pos_embed")
-        for batch in batches or [1, 16, 64]:
+        for batch in batches or BATCHES[name]:
             z = torch.randn(batch, c.tokens, c.channels, generator=torch.Generator().manual_seed(1))
 
             def op(x=z, packed=packed):

@@ -57,23 +57,26 @@ def interleaved(
     """Median seconds per call of each function, measured in turns A B A B, so that a slow moment hits all alike.
 
     Each turn repeats its function for about `sample_s` seconds; what falls out of the cache in between is refilled by
-    one call that is not counted.
+    one call that is not counted. If a call takes more than a second, three turns without that call must do.
     """
-    repeats = {}
-    for name, f in functions.items():
-        f()
-        start = time.perf_counter()
-        f()
-        repeats[name] = max(1, round(sample_s / max(time.perf_counter() - start, 1e-7)))
+    seconds = {name: min(_seconds(f), _seconds(f)) for name, f in functions.items()}
+    slow = max(seconds.values()) > 1
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    for _ in range(min(rounds, 3) if slow else rounds):
         for name, f in functions.items():
-            f()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
+            if not slow:
                 f()
-            times[name].append((time.perf_counter() - start) / repeats[name])
+            repeats = max(1, round(sample_s / max(seconds[name], 1e-7)))
+            times[name].append(_seconds(f, repeats))
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _seconds(f: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        f()
+    return (time.perf_counter() - start) / repeats
 
 
 def keep_memory() -> None:
