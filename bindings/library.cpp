@@ -14,18 +14,34 @@ STABLE_TORCH_LIBRARY(biflow, m) {
   // one flow block: weights in the order of csrc/decode_block.h; the exact sequential inverse
   m.def(
       "pack_block(Tensor[] weights, *, int tokens, int channels, int width, int layers, int head_dim, int mlp_hidden, "
-      "str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, bool shift_only) -> Tensor");
+      "str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, bool shift_only, str precision) "
+      "-> Tensor");
   m.def(
       "decode_block(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, "
       "*, "
       "int width, int layers, int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, bool rope, "
-      "bool pos_embed, bool start_token, bool shift_only, str layout, str scale, str clip, float clip_value, "
+      "bool pos_embed, bool start_token, bool shift_only, str precision, str layout, str scale, str clip, float "
+      "clip_value, "
       "str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> Tensor");
   m.def(
       "decode_block_(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, "
       "Tensor(a!) out, *, int width, int layers, int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, "
-      "bool rope, bool pos_embed, bool start_token, bool shift_only, str layout, str scale, str clip, "
+      "bool rope, bool pos_embed, bool start_token, bool shift_only, str precision, str layout, str scale, str clip, "
       "float clip_value, str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> ()");
+
+  // raw parameters of the tokens start <= n < stop (block order) in one parallel pass; cache: keys and values
+  m.def(
+      "block_params_(Tensor x, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, "
+      "Tensor(a!) raw, Tensor(b!)? cache, *, int start, int stop, int width, int layers, int head_dim, int mlp_hidden, "
+      "str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, bool shift_only, str precision, "
+      "str layout, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> ()");
+  m.def(
+      "block_cache_size(*, int prefix_tokens, int tokens, int width, int layers, int head_dim, str precision) -> int");
+
+  // one fixed-point step on the tokens start <= n < stop (block order): x = z sigma + b; moved (2, B): how far
+  m.def(
+      "jacobi_update_(Tensor(a!) x, Tensor z, Tensor raw, Tensor(b!) moved, *, int start, int stop, bool shift_only, "
+      "str layout, str scale, str clip, float clip_value, str clip_on, bool flip) -> ()");
 
   // a hash of all bytes of the weights: whether they must be packed again
   m.def("weights_fingerprint(Tensor[] weights) -> int");
@@ -53,7 +69,7 @@ STABLE_TORCH_LIBRARY(biflow, m) {
 static std::string cpu_isa() { return biflow::cpu::isa_name(biflow::cpu::active_isa()); }
 
 static void force_cpu_isa(std::string name) {
-  STD_TORCH_CHECK(biflow::cpu::force_isa(name.c_str()), "force_cpu_isa: expected best, portable, avx2 or avx512, ",
+  STD_TORCH_CHECK(biflow::cpu::force_isa(name.c_str()), "force_cpu_isa: expected best, portable, avx2, avx512 or amx, ",
                   "one that this CPU has (it has ", biflow::cpu::isa_name(biflow::cpu::best_isa()), "), got ", name);
 }
 

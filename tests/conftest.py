@@ -10,7 +10,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=("portable", "avx2", "avx512"))
+@pytest.fixture(params=("portable", "avx2", "avx512", "amx"))
 def isa(request):
     """Runs the test on every instruction set of this machine."""
     try:

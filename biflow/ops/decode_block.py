@@ -24,6 +24,7 @@ from biflow.ops._checks import (
 _NORMS = ("layernorm", "rmsnorm")
 _GATES = ("gelu", "swiglu")
 _GUIDES = ("a", "b", "ab")
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,19 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A block's weights, packed for `decode_block` by `pack_block`. class_embed is (N, max(K, 1), C) or None."""
+    """A block's weights, packed for `decode_block` and `block_params` by `pack_block`.
+
+    precision: of the layers' weights, of the activations they multiply and of cached keys and values, "fp32" or "bf16".
+    class_embed is (N, max(K, 1), C) or None.
+    """
 
     packed: Tensor
     class_embed: Tensor | None
     class_mean: Tensor | None
     config: BlockConfig
-    options: dict[str, object]  # what the torch op takes of the config
+    precision: str
+    shape_options: dict[str, object]  # what the torch ops take of the config: the network's shape,
+    affine_options: dict[str, object]  # and the affine map
 
 
 def block_shapes(config: BlockConfig) -> dict[str, tuple[int, ...]]:
@@ -135,12 +142,16 @@ def _shape_options(config: BlockConfig) -> dict[str, object]:
     return {name: getattr(config, name) for name in names}
 
 
-def pack_block(state_dict: dict[str, Tensor], config: BlockConfig) -> BlockWeights:
-    """A copy of a block's weights in the layout that `decode_block` reads (csrc/decode_block.h).
+def pack_block(state_dict: dict[str, Tensor], config: BlockConfig, precision: str = "fp32") -> BlockWeights:
+    """A copy of a block's weights in the layout that `decode_block` and `block_params` read (csrc/block.h).
 
     state_dict: fp32 tensors on the CPU, exactly the names and shapes of `block_shapes(config)`.
-    Raises ValueError for missing or unexpected names, wrong shapes and other devices, TypeError for other dtypes.
+    precision: "fp32", or "bf16": the layers' weights are rounded to bf16, and what they multiply will be; proj_in,
+    proj_out, norms, biases, embeddings and all sums stay fp32.
+    Raises ValueError for missing or unexpected names, wrong shapes, another precision or device, TypeError for other
+    dtypes.
     """
+    check_choice("pack_block: precision", precision, PRECISIONS)
     shapes = block_shapes(config)
     missing = [name for name in shapes if name not in state_dict]
     unexpected = [name for name in state_dict if name not in shapes]
@@ -153,42 +164,30 @@ def pack_block(state_dict: dict[str, Tensor], config: BlockConfig) -> BlockWeigh
         check_shape(f"pack_block: {name}", state_dict[name], shape)
     with torch.no_grad():
         weights = [state_dict[name].detach().contiguous() for name in shapes if name != "class_embed"]
-        packed = torch.ops.biflow.pack_block(
-            weights, tokens=config.tokens, channels=config.channels, **_shape_options(config)
-        )
+        shape_options = dict(_shape_options(config), precision=precision)
+        packed = torch.ops.biflow.pack_block(weights, tokens=config.tokens, channels=config.channels, **shape_options)
         class_embed = state_dict["class_embed"].detach().clone() if config.num_classes else None
         class_mean = None if class_embed is None else class_embed.mean(0)
     kind, bound = config.clip or ("none", 0.0)
-    options = dict(
-        _shape_options(config), layout=config.layout, scale=config.scale, clip=kind, clip_value=bound,
-        clip_on=config.clip_on, flip=config.flip,
-    )  # fmt: skip
-    return BlockWeights(packed, class_embed, class_mean, config, options)
+    affine_options = dict(
+        layout=config.layout, scale=config.scale, clip=kind, clip_value=bound, clip_on=config.clip_on, flip=config.flip
+    )
+    return BlockWeights(packed, class_embed, class_mean, config, precision, shape_options, affine_options)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check(z, weights, config, y, context, null_context, guidance, guide, anneal, attn_temp, out) -> None:
+def check_block_call(name, x, weights, config, y, context, null_context, guidance, guide, anneal, attn_temp) -> None:
+    """What all ops of a packed block check: x (called `name`), the weights, the condition, the guidance."""
     if not isinstance(weights, BlockWeights):
         raise TypeError(f"weights: expected the result of pack_block, got {type(weights).__name__}")
     if weights.config is not config and weights.config != config:
         raise ValueError(f"config: expected the one the weights were packed for, {weights.config}, got {config}")
-    check_float32("z", z)
-    check_shape("z", z, ("B", config.tokens, config.channels))
-    batch = z.shape[0]
-    if out is not None:
-        check_float32("out", out)
-        check_shape("out", out, (batch, config.tokens, config.channels))
-        if not out.is_contiguous():
-            raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
-        if not torch.compiler.is_compiling():  # there the binding alone checks: addresses are not known yet
-            distance = abs(z.data_ptr() - out.data_ptr())
-            if z.is_contiguous() and 0 < distance < 4 * z.numel():
-                raise ValueError(f"out: expected z itself or no overlap with it, got one {distance} bytes from it")
-        if torch.is_grad_enabled() and _any_requires_grad(z, out, context, null_context):
-            raise RuntimeError("out: expected a call under torch.no_grad(): what is written there has no graph")
+    check_float32(name, x)
+    check_shape(name, x, ("B", config.tokens, config.channels))
+    batch = x.shape[0]
     if y is not None:
         if not config.num_classes:
             raise ValueError("y: expected None for a block without classes (num_classes=0), got labels")
@@ -213,6 +212,45 @@ def _check(z, weights, config, y, context, null_context, guidance, guide, anneal
         check_shape("null_context", null_context, (length, config.width), (batch, length, config.width))
     elif context is not None and guidance > 0:
         raise ValueError("null_context: expected a Tensor, which guidance with context needs, got None")
+
+
+def check_buffer(name: str, buffer: Tensor, shape: tuple, reads: tuple[Tensor | None, ...]) -> None:
+    """A contiguous float32 buffer of `shape` that an op writes; nothing that it reads may want a gradient."""
+    check_float32(name, buffer)
+    check_shape(name, buffer, shape)
+    if not buffer.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {buffer.stride()}")
+    if torch.is_grad_enabled() and _any_requires_grad(buffer, *reads):
+        raise RuntimeError(f"{name}: expected a call under torch.no_grad(): what is written there has no graph")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a pass is conditioned on, as the torch ops take it: tensors in order, options by name."""
+
+    tensors: tuple[Tensor | None, ...]  # added, prefix, null_added, null_prefix
+    options: dict[str, object]
+
+    @property
+    def prefix_tokens(self) -> int:
+        return 0 if self.tensors[1] is None else self.tensors[1].shape[1]
+
+    @property
+    def passes(self) -> int:
+        """Sequences a sample: 2 with guidance."""
+        return 2 if self.options["guidance"] > 0 else 1
+
+
+def condition(
+    weights: BlockWeights, batch: int, y, context, null_context, guidance, guide, anneal, attn_temp
+) -> Condition:
+    """The condition of a call whose arguments have been checked."""
+    # where both passes would see the same, the second changes nothing
+    guided = guidance > 0 and (y is not None or context is not None or attn_temp != 1.0)
+    added, prefix = _condition(weights, batch, y, context)
+    null_added, null_prefix = _condition(weights, batch, None, null_context) if guided else (None, None)
+    options = dict(guidance=float(guidance) if guided else 0.0, guide=guide, anneal=anneal, attn_temp=float(attn_temp))
+    return Condition((added, prefix, null_added, null_prefix), options)
 
 
 def _condition(weights: BlockWeights, batch: int, y: Tensor | None, context: Tensor | None):
@@ -252,8 +290,8 @@ def decode_block(
 
     For n = 0 .. T-1 in block order: x_n = z_n sigma(clip a_n) + clip b_n, where the raw a_n, b_n are the causal
     transformer's output from x_0 .. x_{n-1} (0 for n = 0 without a start token). The keys and values of earlier tokens
-    are kept, so a step costs one token. fp32 on the CPU; each sample's result is bitwise the same in any batch and for
-    any number of threads.
+    are kept, so a step costs one token. On the CPU, in the precision of the packed weights; z, x and all sums are fp32.
+    Each sample's result is bitwise the same in any batch and for any number of threads.
 
     z: (B, T, D) float32. weights: from `pack_block`; config: the one they were packed for. y: (B,) int64, -1 (or
     y=None) is the mean over the classes; the range is the caller's to check. context: (B, S, C), already at the block's
@@ -267,16 +305,16 @@ def decode_block(
 
     Source: TARFlow, arXiv 2412.06329, section 2 (sampling and guidance); start token: STARFlow, arXiv 2506.06276.
     """
-    _check(z, weights, config, y, context, null_context, guidance, guide, anneal, attn_temp, out)
-    # where both passes would see the same, the second changes nothing
-    guided = guidance > 0 and (y is not None or context is not None or attn_temp != 1.0)
-    added, prefix = _condition(weights, z.shape[0], y, context)
-    null_added, null_prefix = _condition(weights, z.shape[0], None, null_context) if guided else (None, None)
-    tensors = (z.contiguous(), weights.packed, added, prefix, null_added, null_prefix)
-    options = dict(
-        weights.options, guidance=float(guidance) if guided else 0.0, guide=guide, anneal=anneal,
-        attn_temp=float(attn_temp),
-    )  # fmt: skip
+    check_block_call("z", z, weights, config, y, context, null_context, guidance, guide, anneal, attn_temp)
+    if out is not None:
+        check_buffer("out", out, tuple(z.shape), (z, context, null_context))
+        if not torch.compiler.is_compiling():  # there the binding alone checks: addresses are not known yet
+            distance = abs(z.data_ptr() - out.data_ptr())
+            if z.is_contiguous() and 0 < distance < 4 * z.numel():
+                raise ValueError(f"out: expected z itself or no overlap with it, got one {distance} bytes from it")
+    given = condition(weights, z.shape[0], y, context, null_context, guidance, guide, anneal, attn_temp)
+    tensors = (z.contiguous(), weights.packed, *given.tensors)
+    options = dict(weights.shape_options, **weights.affine_options, **given.options)
     if out is None and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(*tensors))):
         return torch.ops.biflow.decode_block(*tensors, **options)
     # with nothing to record, the call that has no autograd formula: the formula's Python costs 25 us each time

@@ -28,25 +28,7 @@ inline vfloat normal_cdf(vfloat x) {
   return u < 1.f ? centre : (x < 0.f ? tail : 1.f - tail);
 }
 
-// f over n floats, vector by vector
-template <class F>
-inline void map_rows(float* x, int64_t n, F&& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(x + i, f(load(x + i), i, kLanes));
-  if (const int rest = static_cast<int>(n - i)) store_partial(x + i, f(load_partial(x + i, rest), i, rest), rest);
-}
-
-inline void gelu(float* x, int n) {
-  map_rows(x, n, [](vfloat v, int64_t, int) { return v * normal_cdf(v); });
-}
-
-// x = silu(x) * x[n ...]: the first half of a row of 2n
-inline void swiglu(float* x, int n) {
-  map_rows(x, n, [&](vfloat v, int64_t i, int count) {
-    const vfloat value = count == kLanes ? load(x + n + i) : load_partial(x + n + i, count);
-    return v * sigmoid(v) * value;
-  });
-}
+BIFLOW_INLINE vfloat gelu(vfloat v) { return v * normal_cdf(v); }
 
 template <class F>
 inline float sum_row(const float* x, int n, F&& f) {  // sum of f(x), in a fixed order
@@ -61,14 +43,17 @@ inline float sum_row(const float* x, int n, F&& f) {  // sum of f(x), in a fixed
   return reduce_add(sum);
 }
 
-inline void layer_norm(const float* x, const float* weight, const float* bias, float* y, int n) {
+// y may be of a narrower type; its padding up to whole vectors comes out as 0 (weight and bias are padded with 0)
+template <class Value>
+inline void layer_norm(const float* x, const float* weight, const float* bias, Value* y, int n) {
   const float mean = sum_row(x, n, [](vfloat v) { return v; }) / n;
   const float variance = sum_row(x, n, [&](vfloat v) { return (v - mean) * (v - mean); }) / n;
   const float scale = 1.f / std::sqrt(variance + 1e-5f);
   for (int i = 0; i < n; i += kLanes) store(y + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
 }
 
-inline void rms_norm(const float* x, const float* weight, float* y, int n) {
+template <class Value>
+inline void rms_norm(const float* x, const float* weight, Value* y, int n) {
   const float scale = 1.f / std::sqrt(sum_row(x, n, [](vfloat v) { return v * v; }) / n + 1e-6f);
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) * scale * load(weight + i));

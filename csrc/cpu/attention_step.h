@@ -1,60 +1,90 @@
 // Attention of one query over the cached keys and values of one sequence and head.
 #pragma once
 
-#include "cpu/simd_math.h"
-#include "decode_block.h"
+#include "block.h"
+#include "cpu/convert.h"
 
 namespace biflow::cpu::BIFLOW_ISA {
 
-constexpr int kKeyBlock = 16;  // tokens
+inline uint32_t bf16_bits(float x) {  // to nearest even, in the low half
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  return (u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
 
-// The cache of one sequence and head: keys in blocks of kKeyBlock tokens, each [d][kKeyBlock], so that a vector holds
-// one channel of neighbouring tokens and a block is read front to back; then values [token][d padded].
-struct CacheShape {
-  int d = 0, d_padded = 0, key_blocks = 0, tokens = 0;
-
-  CacheShape(int head_dim, int max_tokens)
-      : d(head_dim),
-        d_padded(static_cast<int>(padded_columns(head_dim))),
-        key_blocks((max_tokens + kKeyBlock - 1) / kKeyBlock),
-        tokens(max_tokens) {}
-
-  int64_t keys_size() const { return static_cast<int64_t>(key_blocks) * d * kKeyBlock; }
-  int64_t size() const { return keys_size() + static_cast<int64_t>(tokens) * d_padded; }
-};
-
+template <bool kPairs>
 inline void append(const CacheShape& c, float* cache, int t, const float* key, const float* value) {
-  float* k = cache + static_cast<int64_t>(t / kKeyBlock) * c.d * kKeyBlock + t % kKeyBlock;
-  for (int i = 0; i < c.d; ++i) k[i * kKeyBlock] = key[i];
-  std::memcpy(cache + c.keys_size() + static_cast<int64_t>(t) * c.d_padded, value, sizeof(float) * c.d);
+  float* k = cache + static_cast<int64_t>(t / kKeyBlock) * c.key_words() * kKeyBlock + t % kKeyBlock;
+  float* v = cache + c.keys_size();
+  if constexpr (kPairs) {
+    for (int i = 0; i < c.d / 2; ++i) {
+      const uint32_t word = bf16_bits(key[2 * i]) | bf16_bits(key[2 * i + 1]) << 16;
+      std::memcpy(k + i * kKeyBlock, &word, sizeof word);
+    }
+    v += static_cast<int64_t>(t / 2) * c.d_padded;
+    for (int i = 0; i < c.d; ++i) {
+      uint32_t word = 0;  // the second token of a pair comes later
+      if (t % 2) std::memcpy(&word, v + i, sizeof word);
+      word = t % 2 ? (word & 0xffff) | bf16_bits(value[i]) << 16 : bf16_bits(value[i]);
+      std::memcpy(v + i, &word, sizeof word);
+    }
+  } else {
+    for (int i = 0; i < c.d; ++i) k[i * kKeyBlock] = key[i];
+    std::memcpy(v + static_cast<int64_t>(t) * c.d_padded, value, sizeof(float) * c.d);
+  }
+}
+
+// sum[v] += q[i] key[i] over the channels, for the kKeyBlock tokens of one block
+template <bool kPairs, int kChains, int kVectors>
+BIFLOW_INLINE void add_scores(vfloat (&sum)[kChains][kVectors], const float* k, const float* ahead, const float* q,
+                              int words) {
+  int i = 0;
+  for (; i + kChains <= words; i += kChains)
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j) {
+      __builtin_prefetch(ahead + (i + j) * kKeyBlock);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const float* at = k + (i + j) * kKeyBlock + v * kLanes;
+        if constexpr (kPairs) {
+          const vuint w = load_words(at);
+          sum[j][v] += broadcast(q[2 * (i + j)]) * low_half(w);
+          sum[j][v] += broadcast(q[2 * (i + j) + 1]) * high_half(w);
+        } else {
+          sum[j][v] += broadcast(q[i + j]) * load(at);
+        }
+      }
+    }
+  for (; i < words; ++i)
+    for (int v = 0; v < kVectors; ++v) {
+      const float* at = k + i * kKeyBlock + v * kLanes;
+      if constexpr (kPairs) {
+        const vuint w = load_words(at);
+        sum[0][v] += broadcast(q[2 * i]) * low_half(w);
+        sum[0][v] += broadcast(q[2 * i + 1]) * high_half(w);
+      } else {
+        sum[0][v] += broadcast(q[i]) * load(at);
+      }
+    }
 }
 
 // out[d] = sum_t softmax_t(scale q . k_t) v_t over the tokens t < n; scores: scratch for n floats, rounded up to
-// kKeyBlock. Fetches 16 tokens ahead, at the end the first keys of `next`, the cache that is read after this one:
-// caches of many sequences are too scattered for the hardware to guess.
+// kKeyBlock; out has room for d rounded up to whole vectors. Fetches 16 tokens ahead, at the end the first keys of
+// `next`, the cache that is read after this one: caches of many sequences are too scattered for the hardware to guess.
+template <bool kPairs>
 inline void attend(const CacheShape& c, const float* cache, const float* next, int n, const float* q, float scale,
                    float* scores, float* out) {
   const float* values = cache + c.keys_size();
   constexpr int kVectors = kKeyBlock / kLanes;
   constexpr int kChains = kVectors == 4 ? 2 : 4;  // sums in flight per vector of tokens
+  const int words = c.key_words();
   vint lane = {};
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   vfloat highest = broadcast(-std::numeric_limits<float>::infinity());
   for (int t = 0; t < n; t += kKeyBlock) {
-    const float* k = cache + static_cast<int64_t>(t) * c.d;
-    const float* ahead = t + kKeyBlock < n ? k + c.d * kKeyBlock : values;
+    const float* k = cache + static_cast<int64_t>(t) * words;
     vfloat sum[kChains][kVectors] = {};
-    int i = 0;
-    for (; i + kChains <= c.d; i += kChains)
-#pragma GCC unroll 4
-      for (int j = 0; j < kChains; ++j) {
-        __builtin_prefetch(ahead + (i + j) * kKeyBlock);
-        const vfloat qi = broadcast(q[i + j]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[j][v] += qi * load(k + (i + j) * kKeyBlock + v * kLanes);
-      }
-    for (; i < c.d; ++i)
-      for (int v = 0; v < kVectors; ++v) sum[0][v] += broadcast(q[i]) * load(k + i * kKeyBlock + v * kLanes);
+    add_scores<kPairs>(sum, k, t + kKeyBlock < n ? k + words * kKeyBlock : values, q, words);
     for (int v = 0; v < kVectors; ++v) {
       vfloat s = sum[0][v] + sum[1][v];
       if constexpr (kChains == 4) s += sum[2][v] + sum[3][v];
@@ -73,32 +103,36 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
   }
   const float inverse = 1.f / reduce_add(total);
 
+  constexpr int kPer = kPairs ? 2 : 1;        // tokens a word
   constexpr int kWide = 4, kLineFloats = 16;  // vectors of channels at a time; floats in a cache line
+  const int rows = (n + kPer - 1) / kPer, ahead_rows = kKeyBlock / kPer;
+  const auto add_value = [&](vfloat& sum, const float* at, int r) {
+    if constexpr (kPairs) {
+      const vuint w = load_words(at);
+      sum += broadcast(scores[2 * r]) * low_half(w);
+      sum += broadcast(scores[2 * r + 1]) * high_half(w);
+    } else {
+      sum += broadcast(scores[r]) * load(at);
+    }
+  };
   int i = 0;
   for (; i + kWide * kLanes <= c.d_padded; i += kWide * kLanes) {
     vfloat sum[kWide] = {};
-    for (int t = 0; t < n; ++t) {
-      const vfloat w = broadcast(scores[t]);
-      const float* ahead = t + kKeyBlock < n ? values + static_cast<int64_t>(t + kKeyBlock) * c.d_padded
-                                             : next + static_cast<int64_t>(t + kKeyBlock - n) * c.d_padded;
+    for (int r = 0; r < rows; ++r) {
+      const float* ahead = r + ahead_rows < rows ? values + static_cast<int64_t>(r + ahead_rows) * c.d_padded
+                                                 : next + static_cast<int64_t>(r + ahead_rows - rows) * c.d_padded;
 #pragma GCC unroll 4
       for (int j = 0; j < kWide * kLanes; j += kLineFloats) __builtin_prefetch(ahead + i + j);
 #pragma GCC unroll 4
       for (int j = 0; j < kWide; ++j)
-        sum[j] += w * load(values + static_cast<int64_t>(t) * c.d_padded + i + j * kLanes);
+        add_value(sum[j], values + static_cast<int64_t>(r) * c.d_padded + i + j * kLanes, r);
     }
-    for (int j = 0; j < kWide; ++j) {
-      const int rest = c.d - i - j * kLanes;
-      if (rest >= kLanes)
-        store(out + i + j * kLanes, sum[j] * inverse);
-      else if (rest > 0)
-        store_partial(out + i + j * kLanes, sum[j] * inverse, rest);
-    }
+    for (int j = 0; j < kWide; ++j) store(out + i + j * kLanes, sum[j] * inverse);
   }
   for (; i < c.d; i += kLanes) {
     vfloat sum = {};
-    for (int t = 0; t < n; ++t) sum += broadcast(scores[t]) * load(values + static_cast<int64_t>(t) * c.d_padded + i);
-    store_partial(out + i, sum * inverse, c.d - i < kLanes ? c.d - i : kLanes);
+    for (int r = 0; r < rows; ++r) add_value(sum, values + static_cast<int64_t>(r) * c.d_padded + i, r);
+    store(out + i, sum * inverse);
   }
 }
 

@@ -25,12 +25,23 @@ inline vfloat load(const bf16* p) {
   return reinterpret_cast<vfloat>(__builtin_convertvector(h, vuint) << 16);
 }
 
+#ifdef __AVX512BF16__
+inline void store(bf16* p, vfloat v) {  // subnormals become zero
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+}
+#else
 inline void store(bf16* p, vfloat v) {
   const vuint u = reinterpret_cast<vuint>(v);
   const vuint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const vuint quiet = (u >> 16) | 0x40;
   *reinterpret_cast<vhalf_unaligned*>(p) = __builtin_convertvector(v == v ? rounded : quiet, vhalf);
 }
+#endif
+
+// the two bf16 values of a 32-bit word
+inline vfloat low_half(vuint w) { return reinterpret_cast<vfloat>(w << 16); }
+inline vfloat high_half(vuint w) { return reinterpret_cast<vfloat>(w & 0xffff0000u); }
+inline vuint load_words(const float* p) { return reinterpret_cast<vuint>(load(p)); }
 
 #if defined(__AVX512F__)
 inline vfloat load(const f16* p) {

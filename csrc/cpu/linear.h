@@ -1,12 +1,12 @@
-// out = x W^T + bias for packed weights (layout in decode_block.h): column panels that are read once, front to back,
+// Products x W^T + bias with packed weights (layout in block.h), fp32: column panels that are read once, front to back,
 // for up to kTileRows rows at a time.
 //
 // Every output is summed in the same order whatever the tile it is computed in: blocks of kSumBlock products, in order
 // of k, then the blocks in order. So a row's result does not depend on the rows beside it, and long sums stay accurate.
 #pragma once
 
+#include "block.h"
 #include "cpu/simd.h"
-#include "decode_block.h"
 
 namespace biflow::cpu::BIFLOW_ISA {
 
@@ -15,8 +15,6 @@ constexpr int kSumBlock = 128;
 
 // vectors of columns that a tile of `rows` rows holds sums for: few rows take more, to keep enough sums in flight
 constexpr int tile_vectors(int rows) { return kLanes == 16 ? 4 : rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
-
-enum class Write { set, add };
 
 template <int Rows, int Vectors>
 __attribute__((always_inline)) inline void add_products(vfloat (&sum)[Rows][Vectors], const float* x, int64_t x_stride,
@@ -34,9 +32,9 @@ __attribute__((always_inline)) inline void add_products(vfloat (&sum)[Rows][Vect
   }
 }
 
-template <Write write, int Rows, int Vectors>
+template <int Rows, int Vectors>
 void linear_tile(const float* weight, const float* bias, int panel, int in, const float* x, int64_t x_stride,
-                 float* out, int64_t out_stride) {
+                 float* out) {
   vfloat total[Rows][Vectors] = {};
   add_products(total, x, x_stride, weight, panel, in < kSumBlock ? in : kSumBlock);
   for (int k = kSumBlock; k < in; k += kSumBlock) {
@@ -48,58 +46,73 @@ void linear_tile(const float* weight, const float* bias, int panel, int in, cons
   }
   for (int r = 0; r < Rows; ++r)
     for (int j = 0; j < Vectors; ++j) {
-      float* o = out + r * out_stride + j * kLanes;
-      const vfloat y = total[r][j] + load(bias + j * kLanes);
-      store(o, write == Write::add ? load(o) + y : y);
+      const int c = j * kLanes;
+      store(out + r * kPanelColumns + c, total[r][j] + load(bias + c));
     }
 }
 
-// Rows rows of one panel of `panel` columns
-template <Write write, int Rows>
-void linear_rows(const float* weight, const float* bias, int panel, int in, const float* x, int64_t x_stride,
-                 float* out, int64_t out_stride) {
+// Rows rows by `columns` columns, a multiple of kColumnGroup, of a panel of `panel` columns -> out
+// [Rows][kPanelColumns]
+template <int Rows>
+void linear_rows(const float* weight, const float* bias, int panel, int columns, int in, const float* x,
+                 int64_t x_stride, float* out) {
   constexpr int kWide = tile_vectors(Rows), kNarrow = kColumnGroup / kLanes > 2 ? 2 : kColumnGroup / kLanes;
   int c = 0;
-  for (; c + kWide * kLanes <= panel; c += kWide * kLanes)
-    linear_tile<write, Rows, kWide>(weight + c, bias + c, panel, in, x, x_stride, out + c, out_stride);
-  for (; c < panel; c += kNarrow * kLanes)
-    linear_tile<write, Rows, kNarrow>(weight + c, bias + c, panel, in, x, x_stride, out + c, out_stride);
+  for (; c + kWide * kLanes <= columns; c += kWide * kLanes)
+    linear_tile<Rows, kWide>(weight + c, bias + c, panel, in, x, x_stride, out + c);
+  if constexpr (kWide == 4 * kNarrow)
+    for (; c + 2 * kNarrow * kLanes <= columns; c += 2 * kNarrow * kLanes)
+      linear_tile<Rows, 2 * kNarrow>(weight + c, bias + c, panel, in, x, x_stride, out + c);
+  for (; c < columns; c += kNarrow * kLanes)
+    linear_tile<Rows, kNarrow>(weight + c, bias + c, panel, in, x, x_stride, out + c);
 }
 
-// x (rows, in) -> out (rows, padded_columns(linear.out)): set or added to. The padding columns come out as 0 (or
-// unchanged).
-template <Write write>
-void linear(const float* packed, const PackedLinear& at, const float* x, int64_t x_stride, float* out,
-            int64_t out_stride, int rows) {
-  const float* bias = packed + at.bias;
-  const int columns = padded_columns(at.out);
-  for (int c = 0; c < columns; c += kPanelColumns) {
-    const int panel = columns - c < kPanelColumns ? columns - c : kPanelColumns;
-    const float* weight = packed + at.weight + static_cast<int64_t>(c) * at.in;
-    int r = 0;
-    for (; r + kTileRows <= rows; r += kTileRows)
-      linear_rows<write, kTileRows>(weight, bias + c, panel, at.in, x + r * x_stride, x_stride,
-                                    out + r * out_stride + c, out_stride);
-    const float* xr = x + r * x_stride;
-    float* o = out + r * out_stride + c;
-    switch (rows - r) {
-      case 1:
-        linear_rows<write, 1>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride);
-        break;
-      case 2:
-        linear_rows<write, 2>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride);
-        break;
-      case 3:
-        linear_rows<write, 3>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride);
-        break;
-      case 4:
-        linear_rows<write, 4>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride);
-        break;
-      case 5:
-        linear_rows<write, 5>(weight, bias + c, panel, at.in, xr, x_stride, o, out_stride);
-        break;
+struct Fp32 {
+  using Value = float;  // of activations
+  static constexpr bool kPairs = false;
+
+  struct Session {  // of a thread that multiplies
+    void rows(int) {}
+  };
+
+  // The columns [first, last), multiples of kColumnGroup, of x (rows, in) W^T + bias, tile by tile:
+  // sink(row, rows, column, columns, values, stride) gets `columns` values for each row, a multiple of kColumnGroup.
+  template <class Sink>
+  static void product(const float* packed, const PackedLinear& at, const float* x, int64_t x_stride, int rows,
+                      int first, int last, Sink&& sink) {
+    alignas(64) float values[kTileRows * kPanelColumns];
+    for (int c = first, next; c < last; c = next) {
+      const int begin = c / kPanelColumns * kPanelColumns;
+      const int panel = at.columns - begin < kPanelColumns ? at.columns - begin : kPanelColumns;
+      next = begin + panel < last ? begin + panel : last;
+      const float* weight = packed + at.weight + static_cast<int64_t>(begin) * at.in + (c - begin);
+      const float* bias = packed + at.bias + c;
+      for (int r = 0, count; r < rows; r += count) {
+        count = rows - r < kTileRows ? rows - r : kTileRows;
+        const float* xr = x + r * x_stride;
+        switch (count) {
+          case 1:
+            linear_rows<1>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            break;
+          case 2:
+            linear_rows<2>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            break;
+          case 3:
+            linear_rows<3>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            break;
+          case 4:
+            linear_rows<4>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            break;
+          case 5:
+            linear_rows<5>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            break;
+          default:
+            linear_rows<kTileRows>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+        }
+        sink(r, count, c, next - c, values, kPanelColumns);
+      }
     }
   }
-}
+};
 
 }  // namespace biflow::cpu::BIFLOW_ISA

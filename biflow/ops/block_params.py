@@ -1,0 +1,117 @@
+"""The raw affine parameters of a window of tokens of one flow block, in one parallel pass over packed weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from biflow import _library  # noqa: F401
+from biflow.ops.decode_block import BlockConfig, BlockWeights, Condition, check_block_call, check_buffer, condition
+
+
+def _raw_columns(config: BlockConfig) -> int:
+    return config.channels if config.shift_only else 2 * config.channels
+
+
+def _options(weights: BlockWeights, given: Condition) -> dict[str, object]:
+    affine = weights.affine_options
+    return dict(weights.shape_options, layout=affine["layout"], flip=affine["flip"], **given.options)
+
+
+def block_params(
+    x: Tensor,
+    weights: BlockWeights,
+    config: BlockConfig,
+    *,
+    y: Tensor | None = None,
+    context: Tensor | None = None,
+    null_context: Tensor | None = None,
+    guidance: float = 0.0,
+    guide: str = "ab",
+    anneal: bool = True,
+    attn_temp: float = 1.0,
+) -> Tensor:
+    """The raw parameters of every token of x in one parallel pass: what encode needs of a block.
+
+    Row n belongs to token n: the causal transformer's output from x_0 .. x_{n-1} in block order (0 for n = 0 without a
+    start token), so the affine ops take it with causal=False. Each sample's result is bitwise the same in any batch and
+    for any number of threads.
+
+    x: (B, T, D) float32 in data order. weights, config, y, context, null_context, guidance, guide, anneal, attn_temp: as
+    in `decode_block`; guided parameters are mixed before clip and scale map.
+    Returns (B, T, 2D) float32, (B, T, D) with shift_only, in data order, in the layout of the config. No gradient: train
+    through the model.
+    Raises TypeError for wrong types and dtypes, ValueError for wrong shapes, options and devices, RuntimeError where a
+    gradient is wanted.
+
+    Source: TARFlow, arXiv 2412.06329, section 2; guidance: section 3.5.
+    """
+    check_block_call("x", x, weights, config, y, context, null_context, guidance, guide, anneal, attn_temp)
+    raw = torch.empty(x.shape[0], config.tokens, _raw_columns(config))
+    check_buffer("raw", raw, tuple(raw.shape), (x, context, null_context))
+    given = condition(weights, x.shape[0], y, context, null_context, guidance, guide, anneal, attn_temp)
+    torch.ops.biflow.block_params_(
+        x.contiguous(), weights.packed, *given.tensors, raw, None, start=0, stop=config.tokens,
+        **_options(weights, given),
+    )  # fmt: skip
+    return raw
+
+
+class BlockWindows:
+    """Raw parameters of windows of tokens, with the keys and values of all tokens kept between calls.
+
+    Windows are in block order: tokens start <= n < stop. A call evaluates the tokens that the window's parameters come
+    from (n, or n - 1 without a start token), reads keys and values of the tokens before them as the last call that
+    evaluated those left them, and leaves its own. So windows are walked from the first token on, each as often as
+    wanted. All buffers are allocated here; a call allocates nothing that outlives it.
+
+    Arguments as in `block_params`, which checks alike; batch: B.
+    """
+
+    def __init__(
+        self,
+        weights: BlockWeights,
+        config: BlockConfig,
+        batch: int,
+        *,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        null_context: Tensor | None = None,
+        guidance: float = 0.0,
+        guide: str = "ab",
+        anneal: bool = True,
+        attn_temp: float = 1.0,
+    ):
+        shape = (batch, config.tokens, config.channels)
+        check_block_call(
+            "x", torch.empty(1).expand(shape), weights, config, y, context, null_context, guidance, guide, anneal,
+            attn_temp,
+        )  # fmt: skip
+        self.config = config
+        self._weights = weights
+        self._given = condition(weights, batch, y, context, null_context, guidance, guide, anneal, attn_temp)
+        self._options = _options(weights, self._given)
+        words = torch.ops.biflow.block_cache_size(
+            prefix_tokens=self._given.prefix_tokens,
+            tokens=config.tokens,
+            width=config.width,
+            layers=config.layers,
+            head_dim=config.head_dim,
+            precision=weights.precision,
+        )
+        self._cache = torch.empty(batch * self._given.passes, words)
+        self.raw = torch.zeros(batch, config.tokens, _raw_columns(config))  # in data order; what calls write
+
+    def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """`raw`, (B, T, 2D) or (B, T, D), with the rows of the window written; x (B, T, D) contiguous, in data order."""
+        check_buffer("x", x, (self.raw.shape[0], self.config.tokens, self.config.channels), ())
+        torch.ops.biflow.block_params_(
+            x, self._weights.packed, *self._given.tensors, self.raw, self._cache, start=start, stop=stop,
+            **self._options,
+        )  # fmt: skip
+        return self.raw
+
+
+@torch.library.register_fake("biflow::block_params_")
+def _(x, packed, added, prefix, null_added, null_prefix, raw, cache, **options):
+    return None

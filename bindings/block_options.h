@@ -1,0 +1,112 @@
+// What the bindings of a flow block's ops share: checks, the block's shape, its condition, the crews.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "block.h"
+#include "cpu/crew.h"
+#include "options.h"
+
+namespace biflow {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void check_tensor(const char* op, const char* what, const Tensor& t, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", what, " must be float32");
+  STD_TORCH_CHECK(t.device().is_cpu() && t.is_contiguous(), op, ": ", what, " must be contiguous, on the CPU");
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (int64_t n : shape) same = same && t.size(i++) == n;
+  STD_TORCH_CHECK(same, op, ": ", what, " has the wrong shape");
+}
+
+inline const float* optional_input(const char* op, const char* what, const OptionalTensor& t,
+                                   std::initializer_list<int64_t> shape) {
+  if (!t) return nullptr;
+  check_tensor(op, what, *t, shape);
+  return t->const_data_ptr<float>();
+}
+
+// Packed weights, or a cache: whole vectors are read from it.
+inline float* aligned(const char* op, const char* what, const Tensor& t) {
+  float* data = static_cast<float*>(t.mutable_data_ptr());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 64 == 0, op, ": ", what, " must be 64-byte aligned");
+  return data;
+}
+
+inline BlockShape make_shape(int64_t tokens, int64_t channels, int64_t width, int64_t layers, int64_t head_dim,
+                             int64_t mlp_hidden, const std::string& norm, const std::string& gate, bool qk_norm,
+                             bool rope, bool pos_embed, bool start_token, bool shift_only,
+                             const std::string& precision) {
+  for (int64_t n : {tokens, channels, width, layers, head_dim, mlp_hidden})
+    STD_TORCH_CHECK(n > 0 && n < (1 << 24), "flow block: sizes must be positive and below 2^24, got ", n);
+  STD_TORCH_CHECK(head_dim % 2 == 0 && head_dim <= 256, "flow block: head_dim must be even and at most 256");
+  STD_TORCH_CHECK(width % head_dim == 0, "flow block: width must be a multiple of head_dim");
+  BlockShape s;
+  s.tokens = static_cast<int>(tokens), s.channels = static_cast<int>(channels), s.width = static_cast<int>(width);
+  s.layers = static_cast<int>(layers), s.head_dim = static_cast<int>(head_dim);
+  s.mlp_hidden = static_cast<int>(mlp_hidden);
+  s.norm = parse<Norm>("flow block", "norm", norm, {"layernorm", "rmsnorm"});
+  s.gate = parse<Gate>("flow block", "gate", gate, {"gelu", "swiglu"});
+  s.qk_norm = qk_norm, s.rope = rope, s.pos_embed = pos_embed;
+  s.start_token = start_token, s.shift_only = shift_only;
+  s.precision = parse<Precision>("flow block", "precision", precision, {"fp32", "bf16"});
+  return s;
+}
+
+// The condition of a pass over B samples, checked.
+inline BlockCondition make_condition(const char* op, const BlockShape& s, int64_t B, const OptionalTensor& added,
+                                     const OptionalTensor& prefix, const OptionalTensor& null_added,
+                                     const OptionalTensor& null_prefix, double guidance, const std::string& guide,
+                                     bool anneal, double attn_temp) {
+  STD_TORCH_CHECK(guidance >= 0 && attn_temp > 0, op, ": guidance must be >= 0 and attn_temp > 0");
+  BlockCondition c;
+  c.prefix_tokens = prefix && prefix->dim() == 3 ? static_cast<int>(prefix->size(1)) : 0;
+  const int64_t S = c.prefix_tokens, width = s.width;
+  c.added = optional_input(op, "added", added, {B, width});
+  c.prefix = optional_input(op, "prefix", prefix, {B, S, width});
+  c.guided = guidance > 0;
+  if (c.guided) {
+    c.null_added = optional_input(op, "null_added", null_added, {B, width});
+    c.null_prefix = optional_input(op, "null_prefix", null_prefix, {B, S, width});
+    STD_TORCH_CHECK(!c.prefix == !c.null_prefix, op, ": prefix and null_prefix go together");
+  }
+  c.guidance = static_cast<float>(guidance);
+  c.guide_a = guide.find('a') != std::string::npos;
+  c.guide_b = guide.find('b') != std::string::npos;
+  c.anneal = anneal;
+  c.attn_temp = static_cast<float>(attn_temp);
+  return c;
+}
+
+// Runs a kernel of crews on torch's threads: rows of each sample go through the layers together with those of others,
+// up to max_rows. `scratch` tells how much memory a crew needs.
+template <class Params, class ScratchSize, class Kernel>
+void run_crews(const Params& p, int64_t rows_per_sample, int64_t max_rows, ScratchSize&& scratch, Kernel&& kernel) {
+  if (p.B == 0) return;
+  cpu::Schedule s = cpu::make_schedule(p.B, rows_per_sample, max_rows, torch::stable::get_num_threads());
+  scratch(p, s, &s.scratch_stride);
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  const size_t bytes = sizeof(float) * round_up(s.crews * s.scratch_stride, 16);
+  const std::unique_ptr<float, Free> memory(static_cast<float*>(std::aligned_alloc(64, bytes)));
+  if (!memory) throw std::bad_alloc();
+  std::vector<cpu::CrewPart> parts(s.workers());
+  s.parts = parts.data();
+  s.scratch = memory.get();
+  torch::stable::parallel_for(0, s.workers(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) kernel(p, s, static_cast<int>(worker));
+  });
+}
+
+}  // namespace biflow

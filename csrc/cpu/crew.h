@@ -1,0 +1,103 @@
+// Threads that work on the same samples, in phases: between two phases all of them see all that was written.
+//
+// A phase has one part for each member. A member does its own part, and also the part of one that has not come: so
+// nobody waits for a thread that the operating system keeps from running, and a crew makes progress with any number
+// of its members, even one. A member that comes late walks through the phases that are over and joins the current one.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#include "cpu/isa.h"
+
+namespace biflow::cpu {
+
+struct alignas(64) CrewPart {
+  std::atomic<uint32_t> claimed{0}, done{0};  // the last phase in which this part was claimed, done
+};
+
+// How B samples are divided: groups of samples whose rows are multiplied together, crews that take groups in turn,
+// members of a crew that share the columns of every product.
+struct Schedule {
+  int crews = 1, members = 1;
+  int64_t samples = 0, groups = 0;
+  CrewPart* parts = nullptr;  // [crews][members], zero before the call
+  float* scratch = nullptr;   // [crews][scratch_stride]
+  int64_t scratch_stride = 0;
+
+  int workers() const { return crews * members; }
+  int64_t group_begin(int64_t g) const { return samples * g / groups; }
+  int64_t largest_group() const { return (samples + groups - 1) / groups; }
+};
+
+// As many groups as keep `rows_per_sample` samples within max_rows rows, one sample at least; all threads used.
+inline Schedule make_schedule(int64_t samples, int64_t rows_per_sample, int64_t max_rows, int threads) {
+  Schedule s;
+  s.samples = samples;
+  const int64_t most = max_rows / rows_per_sample > 1 ? max_rows / rows_per_sample : 1;
+  s.groups = (samples + most - 1) / most;
+  if (s.groups < threads) {
+    s.crews = static_cast<int>(s.groups);
+    s.members = threads / s.crews;
+  } else {
+    s.crews = threads;
+    s.groups = (s.groups + threads - 1) / threads * threads;  // the same number for each
+    if (s.groups > samples) s.groups = samples;
+  }
+  return s;
+}
+
+namespace BIFLOW_ISA {
+
+class Member {
+ public:
+  Member(const Schedule& s, int worker)
+      : parts_(s.parts + worker / s.members * s.members), count_(s.members), me_(worker % s.members) {}
+
+  int count() const { return count_; }
+  int me() const { return me_; }  // for what a member keeps for itself
+
+  // Runs work(part) for every part in [0, count()); returns when all are done. Every member must call the same phases.
+  template <class Work>
+  void phase(Work&& work) {
+    if (count_ == 1) return work(0);
+    ++now_;
+    attempt(me_, work);
+    for (int i = 0; i < count_; ++i)
+      for (int waited = 0; parts_[i].done.load(std::memory_order_acquire) < now_; ++waited) {
+        if (waited >= kPatience) attempt(i, work);
+        if (waited < kSpins)
+          pause();
+        else
+          std::this_thread::yield();
+      }
+  }
+
+ private:
+  static constexpr int kPatience = 8, kSpins = 200;  // pauses of about 40 ns
+
+  template <class Work>
+  void attempt(int part, Work&& work) {
+    uint32_t before = now_ - 1;
+    if (parts_[part].claimed.load(std::memory_order_relaxed) != before) return;
+    if (!parts_[part].claimed.compare_exchange_strong(before, now_, std::memory_order_acq_rel)) return;
+    work(part);
+    parts_[part].done.store(now_, std::memory_order_release);
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+  }
+
+  CrewPart* parts_;
+  int count_, me_;
+  uint32_t now_ = 0;
+};
+
+}  // namespace BIFLOW_ISA
+}  // namespace biflow::cpu
