@@ -93,7 +93,11 @@ inline BlockCondition make_condition(const char* op, const BlockShape& s, int64_
 template <class Params, class ScratchSize, class Kernel>
 void run_crews(const Params& p, int64_t rows_per_sample, int64_t max_rows, ScratchSize&& scratch, Kernel&& kernel) {
   if (p.B == 0) return;
-  cpu::Schedule s = cpu::make_schedule(p.B, rows_per_sample, max_rows, torch::stable::get_num_threads());
+  // a step reads the weights of the layers: from the L2 cache, if they fit, few rows pay for that
+  constexpr int64_t kCacheWords = 400 << 10;
+  const PackedBlock packed = packed_block(p.shape);
+  const int64_t own_rows = packed.layer_size * p.shape.layers <= kCacheWords ? 2 : 16;
+  cpu::Schedule s = cpu::make_schedule(p.B, rows_per_sample, max_rows, own_rows, torch::stable::get_num_threads());
   scratch(p, s, &s.scratch_stride);
   struct Free {
     void operator()(float* memory) const { std::free(memory); }

@@ -6,27 +6,26 @@
 
 namespace biflow::cpu::BIFLOW_ISA {
 
-inline uint32_t bf16_bits(float x) {  // to nearest even, in the low half
-  uint32_t u;
-  std::memcpy(&u, &x, sizeof u);
-  return (u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-}
-
 template <bool kPairs>
 inline void append(const CacheShape& c, float* cache, int t, const float* key, const float* value) {
   float* k = cache + static_cast<int64_t>(t / kKeyBlock) * c.key_words() * kKeyBlock + t % kKeyBlock;
   float* v = cache + c.keys_size();
+  const auto part = [](const float* p, int n) { return n >= kLanes ? load(p) : load_partial(p, n > 0 ? n : 0); };
   if constexpr (kPairs) {
-    for (int i = 0; i < c.d / 2; ++i) {
-      const uint32_t word = bf16_bits(key[2 * i]) | bf16_bits(key[2 * i + 1]) << 16;
-      std::memcpy(k + i * kKeyBlock, &word, sizeof word);
+    for (int i = 0; i < c.d; i += 2 * kLanes) {
+      vfloat even, odd;
+      split_pairs(part(key + i, c.d - i), part(key + i + kLanes, c.d - i - kLanes), even, odd);
+      const vuint words = rounded_bf16(even) >> 16 | (rounded_bf16(odd) & 0xffff0000u);
+      alignas(kVectorBytes) uint32_t word[kLanes];
+      std::memcpy(word, &words, sizeof words);
+      const int n = c.d - i < 2 * kLanes ? (c.d - i) / 2 : kLanes;
+      for (int j = 0; j < n; ++j) std::memcpy(k + (i / 2 + j) * kKeyBlock, word + j, sizeof(uint32_t));
     }
     v += static_cast<int64_t>(t / 2) * c.d_padded;
-    for (int i = 0; i < c.d; ++i) {
-      uint32_t word = 0;  // the second token of a pair comes later
-      if (t % 2) std::memcpy(&word, v + i, sizeof word);
-      word = t % 2 ? (word & 0xffff) | bf16_bits(value[i]) << 16 : bf16_bits(value[i]);
-      std::memcpy(v + i, &word, sizeof word);
+    for (int i = 0; i < c.d; i += kLanes) {  // the second token of a pair comes later
+      const vuint bits = rounded_bf16(part(value + i, c.d - i));
+      const vuint words = t % 2 ? (load_words(v + i) & 0xffffu) | (bits & 0xffff0000u) : bits >> 16;
+      store(v + i, reinterpret_cast<vfloat>(words));
     }
   } else {
     for (int i = 0; i < c.d; ++i) k[i * kKeyBlock] = key[i];
@@ -69,12 +68,13 @@ BIFLOW_INLINE void add_scores(vfloat (&sum)[kChains][kVectors], const float* k, 
 }
 
 // out[d] = sum_t softmax_t(scale q . k_t) v_t over the tokens t < n; scores: scratch for n floats, rounded up to
-// kKeyBlock; out has room for d rounded up to whole vectors. Fetches 16 tokens ahead, at the end the first keys of
-// `next`, the cache that is read after this one: caches of many sequences are too scattered for the hardware to guess.
+// kKeyBlock; out has room for d rounded up to whole vectors. Fetches the same places of `next`, the cache that is read
+// after this one: caches of many sequences are too scattered for the hardware to guess.
 template <bool kPairs>
 inline void attend(const CacheShape& c, const float* cache, const float* next, int n, const float* q, float scale,
                    float* scores, float* out) {
   const float* values = cache + c.keys_size();
+  const int64_t ahead = next - cache;
   constexpr int kVectors = kKeyBlock / kLanes;
   constexpr int kChains = kVectors == 4 ? 2 : 4;  // sums in flight per vector of tokens
   const int words = c.key_words();
@@ -84,7 +84,7 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
   for (int t = 0; t < n; t += kKeyBlock) {
     const float* k = cache + static_cast<int64_t>(t) * words;
     vfloat sum[kChains][kVectors] = {};
-    add_scores<kPairs>(sum, k, t + kKeyBlock < n ? k + words * kKeyBlock : values, q, words);
+    add_scores<kPairs>(sum, k, k + ahead, q, words);
     for (int v = 0; v < kVectors; ++v) {
       vfloat s = sum[0][v] + sum[1][v];
       if constexpr (kChains == 4) s += sum[2][v] + sum[3][v];
@@ -105,7 +105,7 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
 
   constexpr int kPer = kPairs ? 2 : 1;        // tokens a word
   constexpr int kWide = 4, kLineFloats = 16;  // vectors of channels at a time; floats in a cache line
-  const int rows = (n + kPer - 1) / kPer, ahead_rows = kKeyBlock / kPer;
+  const int rows = (n + kPer - 1) / kPer;
   const auto add_value = [&](vfloat& sum, const float* at, int r) {
     if constexpr (kPairs) {
       const vuint w = load_words(at);
@@ -119,13 +119,11 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
   for (; i + kWide * kLanes <= c.d_padded; i += kWide * kLanes) {
     vfloat sum[kWide] = {};
     for (int r = 0; r < rows; ++r) {
-      const float* ahead = r + ahead_rows < rows ? values + static_cast<int64_t>(r + ahead_rows) * c.d_padded
-                                                 : next + static_cast<int64_t>(r + ahead_rows - rows) * c.d_padded;
+      const float* row = values + static_cast<int64_t>(r) * c.d_padded + i;
 #pragma GCC unroll 4
-      for (int j = 0; j < kWide * kLanes; j += kLineFloats) __builtin_prefetch(ahead + i + j);
+      for (int j = 0; j < kWide * kLanes; j += kLineFloats) __builtin_prefetch(row + ahead + j);
 #pragma GCC unroll 4
-      for (int j = 0; j < kWide; ++j)
-        add_value(sum[j], values + static_cast<int64_t>(r) * c.d_padded + i + j * kLanes, r);
+      for (int j = 0; j < kWide; ++j) add_value(sum[j], row + j * kLanes, r);
     }
     for (int j = 0; j < kWide; ++j) store(out + i + j * kLanes, sum[j] * inverse);
   }

@@ -36,18 +36,18 @@ class Pass {
     const auto [shift, begin, count] = evaluated_;
     if (count > 0) {
       member_.phase([&, begin = begin, count = count](int part) {
-        transformer_.share(part, count,
-                           [&](int b, int i, int last) { transformer_.embed(p_.x, b, begin, count, i, last); });
+        transformer_.share(part, count, [&](int from, int to) { transformer_.embed(p_.x, begin, count, from, to); });
       });
       transformer_.layers(p_.condition.prefix_tokens + begin, count, true);
     }
     member_.phase([&, shift = shift, begin = begin, count = count](int part) {
       if (part == 0 && p_.start < shift)
         for (int b = 0; b < samples; ++b) std::fill_n(row(b, 0), p_.shape.raw_columns(), 0.f);
-      transformer_.share(part, count, [&](int b, int i, int last) {
-        for (; i < last; ++i) {
-          const int n = begin + i + shift;
-          std::memcpy(row(b, n), transformer_.raw(p_.affine, b, n, count, i), sizeof(float) * p_.shape.raw_columns());
+      transformer_.share(part, count, [&](int from, int to) {
+        transformer_.project(count, from, to);
+        for (int r = from; r < to; ++r) {
+          const int b = r / count, n = begin + r % count + shift;
+          std::memcpy(row(b, n), transformer_.raw(p_.affine, count, r, n), sizeof(float) * p_.shape.raw_columns());
         }
       });
     });

@@ -41,6 +41,10 @@ inline void store(bf16* p, vfloat v) {
 // the two bf16 values of a 32-bit word
 inline vfloat low_half(vuint w) { return reinterpret_cast<vfloat>(w << 16); }
 inline vfloat high_half(vuint w) { return reinterpret_cast<vfloat>(w & 0xffff0000u); }
+inline vuint rounded_bf16(vfloat v) {  // in the high half, to nearest even; the low half holds anything
+  const vuint u = reinterpret_cast<vuint>(v);
+  return v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;
+}
 inline vuint load_words(const float* p) { return reinterpret_cast<vuint>(load(p)); }
 
 #if defined(__AVX512F__)

@@ -13,8 +13,9 @@
 
 namespace biflow::cpu {
 
-struct alignas(64) CrewPart {
-  std::atomic<uint32_t> claimed{0}, done{0};  // the last phase in which this part was claimed, done
+struct CrewPart {  // the last phase in which this part was claimed, done; apart, for others look at `done` only
+  alignas(64) std::atomic<uint32_t> claimed{0};
+  alignas(64) std::atomic<uint32_t> done{0};
 };
 
 // How B samples are divided: groups of samples whose rows are multiplied together, crews that take groups in turn,
@@ -31,19 +32,22 @@ struct Schedule {
   int64_t largest_group() const { return (samples + groups - 1) / groups; }
 };
 
-// As many groups as keep `rows_per_sample` samples within max_rows rows, one sample at least; all threads used.
-inline Schedule make_schedule(int64_t samples, int64_t rows_per_sample, int64_t max_rows, int threads) {
+// Groups of at most max_rows rows, one sample at least. Every thread has its own groups if they have enough rows to pay
+// for reading all weights, `own_rows`; else threads share the columns of a group, and so the weights.
+inline Schedule make_schedule(int64_t samples, int64_t rows_per_sample, int64_t max_rows, int64_t own_rows,
+                              int threads) {
+  const auto round_up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
   Schedule s;
   s.samples = samples;
   const int64_t most = max_rows / rows_per_sample > 1 ? max_rows / rows_per_sample : 1;
   s.groups = (samples + most - 1) / most;
-  if (s.groups < threads) {
+  if (s.groups >= threads || (samples >= threads && samples * rows_per_sample >= own_rows * threads)) {
+    s.crews = threads;
+    s.groups = round_up(s.groups, threads);  // the same number for each
+    if (s.groups > samples) s.groups = samples;
+  } else {
     s.crews = static_cast<int>(s.groups);
     s.members = threads / s.crews;
-  } else {
-    s.crews = threads;
-    s.groups = (s.groups + threads - 1) / threads * threads;  // the same number for each
-    if (s.groups > samples) s.groups = samples;
   }
   return s;
 }
@@ -66,7 +70,7 @@ class Member {
     attempt(me_, work);
     for (int i = 0; i < count_; ++i)
       for (int waited = 0; parts_[i].done.load(std::memory_order_acquire) < now_; ++waited) {
-        if (waited >= kPatience) attempt(i, work);
+        if (waited % kPatience == kPatience - 1) attempt(i, work);
         if (waited < kSpins)
           pause();
         else
@@ -75,7 +79,7 @@ class Member {
   }
 
  private:
-  static constexpr int kPatience = 8, kSpins = 200;  // pauses of about 40 ns
+  static constexpr int kPatience = 32, kSpins = 256;  // pauses of about 40 ns
 
   template <class Work>
   void attempt(int part, Work&& work) {

@@ -28,9 +28,10 @@ class Decoder {
       const int evaluated = n - shift;
       const bool more = n < shape_.tokens && evaluated >= 0;
       member_.phase([&](int part) {
-        transformer_.share(part, 1, [&](int b, int, int) {
-          if (n > 0) produce(n - 1, b, evaluated > 0);
-          if (more) transformer_.embed(p_.x, b, evaluated, 1, 0, 1);
+        transformer_.share(part, 1, [&](int begin, int end) {
+          if (evaluated > 0) transformer_.project(1, begin, end);
+          for (int b = begin; n > 0 && b < end; ++b) produce(n - 1, b, evaluated > 0);
+          if (more) transformer_.embed(p_.x, evaluated, 1, begin, end);
         });
       });
       if (more) transformer_.layers(p_.condition.prefix_tokens + evaluated, 1, true);
@@ -45,7 +46,7 @@ class Decoder {
     float *scale = affine_row_ + member_.me() * 2 * stride, *shift = scale + stride;
     std::fill_n(scale, 2 * stride, 0.f);
     if (have_raw) {
-      const float* raw = transformer_.raw(p_.affine, b, n, 1, 0);
+      const float* raw = transformer_.raw(p_.affine, 1, b, n);
       const bool interleaved = p_.affine.layout == Layout::interleaved;
       const bool shift_first = p_.affine.layout == Layout::shift_scale;
       for (int i = 0; i < D; ++i) {

@@ -16,11 +16,15 @@ constexpr int kSumBlock = 128;
 // vectors of columns that a tile of `rows` rows holds sums for: few rows take more, to keep enough sums in flight
 constexpr int tile_vectors(int rows) { return kLanes == 16 ? 4 : rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
 
+// ahead: what lies so many floats behind a weight is fetched, 0: nothing
 template <int Rows, int Vectors>
 __attribute__((always_inline)) inline void add_products(vfloat (&sum)[Rows][Vectors], const float* x, int64_t x_stride,
-                                                        const float* weight, int panel, int count) {
+                                                        const float* weight, int panel, int count, int64_t ahead) {
   for (int k = 0; k < count; ++k, weight += panel) {
     vfloat w[Vectors];
+    if (ahead)
+#pragma GCC unroll 8
+      for (int j = 0; j < Vectors; ++j) __builtin_prefetch(weight + ahead + j * kLanes, 0, 2);
 #pragma GCC unroll 8
     for (int j = 0; j < Vectors; ++j) w[j] = load(weight + j * kLanes);
 #pragma GCC unroll 8
@@ -34,13 +38,13 @@ __attribute__((always_inline)) inline void add_products(vfloat (&sum)[Rows][Vect
 
 template <int Rows, int Vectors>
 void linear_tile(const float* weight, const float* bias, int panel, int in, const float* x, int64_t x_stride,
-                 float* out) {
+                 float* out, int64_t ahead) {
   vfloat total[Rows][Vectors] = {};
-  add_products(total, x, x_stride, weight, panel, in < kSumBlock ? in : kSumBlock);
+  add_products(total, x, x_stride, weight, panel, in < kSumBlock ? in : kSumBlock, ahead);
   for (int k = kSumBlock; k < in; k += kSumBlock) {
     vfloat sum[Rows][Vectors] = {};
     const int count = in - k < kSumBlock ? in - k : kSumBlock;
-    add_products(sum, x + k, x_stride, weight + static_cast<int64_t>(k) * panel, panel, count);
+    add_products(sum, x + k, x_stride, weight + static_cast<int64_t>(k) * panel, panel, count, ahead);
     for (int r = 0; r < Rows; ++r)
       for (int j = 0; j < Vectors; ++j) total[r][j] += sum[r][j];
   }
@@ -55,16 +59,16 @@ void linear_tile(const float* weight, const float* bias, int panel, int in, cons
 // [Rows][kPanelColumns]
 template <int Rows>
 void linear_rows(const float* weight, const float* bias, int panel, int columns, int in, const float* x,
-                 int64_t x_stride, float* out) {
+                 int64_t x_stride, float* out, int64_t ahead = 0) {
   constexpr int kWide = tile_vectors(Rows), kNarrow = kColumnGroup / kLanes > 2 ? 2 : kColumnGroup / kLanes;
   int c = 0;
   for (; c + kWide * kLanes <= columns; c += kWide * kLanes)
-    linear_tile<Rows, kWide>(weight + c, bias + c, panel, in, x, x_stride, out + c);
+    linear_tile<Rows, kWide>(weight + c, bias + c, panel, in, x, x_stride, out + c, ahead);
   if constexpr (kWide == 4 * kNarrow)
     for (; c + 2 * kNarrow * kLanes <= columns; c += 2 * kNarrow * kLanes)
-      linear_tile<Rows, 2 * kNarrow>(weight + c, bias + c, panel, in, x, x_stride, out + c);
+      linear_tile<Rows, 2 * kNarrow>(weight + c, bias + c, panel, in, x, x_stride, out + c, ahead);
   for (; c < columns; c += kNarrow * kLanes)
-    linear_tile<Rows, kNarrow>(weight + c, bias + c, panel, in, x, x_stride, out + c);
+    linear_tile<Rows, kNarrow>(weight + c, bias + c, panel, in, x, x_stride, out + c, ahead);
 }
 
 struct Fp32 {
@@ -87,6 +91,7 @@ struct Fp32 {
       next = begin + panel < last ? begin + panel : last;
       const float* weight = packed + at.weight + static_cast<int64_t>(begin) * at.in + (c - begin);
       const float* bias = packed + at.bias + c;
+      const int64_t ahead = static_cast<int64_t>(panel) * at.in;  // the next panel, while this one meets many rows
       for (int r = 0, count; r < rows; r += count) {
         count = rows - r < kTileRows ? rows - r : kTileRows;
         const float* xr = x + r * x_stride;
@@ -107,7 +112,7 @@ struct Fp32 {
             linear_rows<5>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
             break;
           default:
-            linear_rows<kTileRows>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            linear_rows<kTileRows>(weight, bias, panel, next - c, at.in, xr, x_stride, values, r == 0 ? ahead : 0);
         }
         sink(r, count, c, next - c, values, kPanelColumns);
       }

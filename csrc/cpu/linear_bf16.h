@@ -95,6 +95,7 @@ struct Bf16 {
             _tile_loadd(4, x0 + k * kTileDepth, row_bytes);
             _tile_loadd(6, w, 64);
             _tile_loadd(7, w + words, 64);
+            if (r == 0) fetch(w + 2 * words);
             _tile_loadd(5, x1 + k * kTileDepth, row_bytes);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
@@ -120,6 +121,11 @@ struct Bf16 {
   }
 
  private:
+  // The tiles of the next columns, while these are multiplied with many rows.
+  static void fetch(const float* w) {
+    for (int i = 0; i < 2 * kStep; i += 16) __builtin_prefetch(w + i, 0, 2);
+  }
+
   static constexpr int64_t kStep = kTileDepth / 2 * kColumnGroup;  // words of a tile of weights
 };
 

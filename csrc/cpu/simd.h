@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace biflow::cpu::BIFLOW_ISA {
 
@@ -22,7 +23,7 @@ typedef int32_t vint __attribute__((vector_size(kVectorBytes), may_alias));
 
 inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat_unaligned*>(p); }
 inline void store(float* p, vfloat v) { *reinterpret_cast<vfloat_unaligned*>(p) = v; }
-inline vfloat broadcast(float x) { return vfloat{} + x; }
+inline vfloat broadcast(float x) { return x - vfloat{}; }  // x + 0 would be computed: it is not -0 for x = -0
 
 inline vfloat load_partial(const float* p, int n, float fill = 0.f) {  // lanes >= n hold `fill`
   vfloat v = broadcast(fill);
@@ -34,17 +35,24 @@ inline void store_partial(float* p, vfloat v, int n) { std::memcpy(p, &v, sizeof
 inline vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
 inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
 
+template <int kBy, std::size_t... I>
+inline vfloat rotated(vfloat v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, static_cast<int>((I + kBy) % kLanes)...);
+}
+template <int kHalf, class Combine>
+inline float reduce(vfloat v, Combine&& combine) {  // lane i with lane i + kHalf, then the halves of what is left
+  v = combine(v, rotated<kHalf>(v, std::make_index_sequence<kLanes>()));
+  if constexpr (kHalf > 1)
+    return reduce<kHalf / 2>(v, combine);
+  else
+    return v[0];
+}
+
 inline float reduce_add(vfloat v) {  // pairwise: the same order on every call
-  alignas(kVectorBytes) float lane[kLanes];
-  std::memcpy(lane, &v, sizeof v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  return reduce<kLanes / 2>(v, [](vfloat a, vfloat b) { return a + b; });
 }
 inline float reduce_max(vfloat v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  return reduce<kLanes / 2>(v, [](vfloat a, vfloat b) { return max(a, b); });
 }
 
 }  // namespace biflow::cpu::BIFLOW_ISA

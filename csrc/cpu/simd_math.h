@@ -45,7 +45,7 @@ inline V constant(double x) {
 
 inline vint as_int(vfloat v) { return reinterpret_cast<vint>(v); }
 inline vfloat as_float(vint v) { return reinterpret_cast<vfloat>(v); }
-inline vint broadcast_int(int32_t x) { return vint{} + x; }
+inline vint broadcast_int(int32_t x) { return x - vint{}; }
 inline vfloat abs(vfloat v) { return as_float(as_int(v) & 0x7fffffff); }
 inline double abs(double v) { return std::fabs(v); }
 

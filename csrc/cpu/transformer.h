@@ -113,38 +113,40 @@ class Transformer {
     }
   }
 
-  // The share of member `part` of the `n` samples' tokens (sample b, i): use(b, first i, last i).
+  // Rows [begin, end) of the conditional sequences, of `count` tokens each, that are member `part`'s.
   template <class Use>
   void share(int part, int count, Use&& use) const {
     const int64_t rows = static_cast<int64_t>(samples_) * count, members = member_.count();
-    const int64_t begin = rows * part / members, end = rows * (part + 1) / members;
-    for (int64_t r = begin; r < end;) {
-      const int b = static_cast<int>(r / count), i = static_cast<int>(r % count);
-      const int64_t last = std::min<int64_t>(count, i + end - r);
-      use(b, i, static_cast<int>(last));
-      r += last - i;
-    }
+    use(static_cast<int>(rows * part / members), static_cast<int>(rows * (part + 1) / members));
   }
 
-  // h = proj_in(u) + position + class for the network's tokens evaluated + [i, last) of sample b. u is the token
-  // itself, or with a start token the one before it. x (B, T, D).
-  void embed(const float* x, int b, int evaluated, int count, int i, int last) {
-    const int64_t D = s_.channels;
-    for (int n = evaluated + i; n < evaluated + last; ++n) {
-      const int source = s_.start_token ? n - 1 : n;
-      const float* u =
-          source < 0 ? data_ + packed_.start_token : x + ((first_ + b) * s_.tokens + data_index(source)) * D;
-      float* h = h_ + (static_cast<int64_t>(b) * count + n - evaluated) * width_;
+  // h = proj_in(u) + position + class for the rows [begin, end) of a share, of the network's tokens from `evaluated`
+  // on. u is the token itself, or with a start token the one before it. x (B, T, D).
+  void embed(const float* x, int evaluated, int count, int begin, int end) {
+    const int64_t D = s_.channels, sample_size = D * s_.tokens;
+    const int before = s_.start_token ? 1 : 0;
+    for (int row = begin, n; row < end; row += n) {  // rows whose tokens lie in steps of one size
+      const int b = row / count, t = evaluated + row % count - before;
+      n = t < 0 ? 1 : count == 1 ? end - row : std::min(end - row, count - row % count);
+      const float* u = t < 0 ? data_ + packed_.start_token : x + (first_ + b) * sample_size + data_index(t) * D;
+      const int64_t step = t < 0 ? 0 : count == 1 ? sample_size : flip_ ? -D : D;
+      if (t < 0 && count == 1) n = end - row;
+      Fp32::product(data_, packed_.proj_in, u, step, n, 0, packed_.proj_in.columns,
+                    [&](int r, int rows, int c, int columns, const float* v, int stride) {
+                      for (int i = 0; i < rows; ++i) copy(v + i * stride, h_ + (row + r + i) * width_ + c, columns);
+                    });
+    }
+    for (int row = begin; row < end; ++row) {
+      const int64_t sample = first_ + row / count;
+      const int position = data_index(evaluated + row % count);
+      float *h = h_ + row * width_, *other = h + static_cast<int64_t>(samples_) * count * width_;
       std::fill(h + s_.width, h + width_, 0.f);
-      Fp32::product(data_, packed_.proj_in, u, 0, 1, 0, packed_.proj_in.columns,
-                    [&](int, int, int c, int columns, const float* v, int) { copy(v, h + c, columns); });
-      if (s_.pos_embed) add(data_ + packed_.pos_embed + data_index(n) * padded_columns(s_.width), h, s_.width);
+      if (s_.pos_embed) add(data_ + packed_.pos_embed + position * padded_columns(s_.width), h, s_.width);
       if (condition_.guided) {
-        float* other = h + static_cast<int64_t>(samples_) * count * width_;
         copy(h, other, static_cast<int>(width_));
-        if (condition_.null_added) add(condition_.null_added + (first_ + b) * s_.width, other, s_.width);
+        if (condition_.null_added) add(condition_.null_added + sample * s_.width, other, s_.width);
       }
-      if (condition_.added) add(condition_.added + (first_ + b) * s_.width, h, s_.width);
+      if (condition_.added) add(condition_.added + sample * s_.width, h, s_.width);
     }
   }
 
@@ -156,39 +158,68 @@ class Transformer {
     for (int j = 0; j < s_.layers; ++j) {
       const float* layer = data_ + packed_.first_layer + j * packed_.layer_size;
       const PackedLayer& at = packed_.layer;
-      normalized(layer, at.norm1_weight, at.norm1_bias, rows, at.qkv,
-                 [&](int row, int n, int c, int columns, const float* v, int stride) {
-                   for (int r = 0; r < n; ++r) copy(v + r * stride, qkv_ + (row + r) * qkv_width_ + c, columns);
-                 });
       const bool keys_only = !tokens && j == s_.layers - 1;
-      member_.phase([&](int part) {
-        const int units = sequences_ * s_.heads(), members = member_.count();
-        for (int u = units * part / members; u < units * (part + 1) / members; ++u)
-          attention(layer, j, u / s_.heads(), u % s_.heads(), position, count, tokens, keys_only);
-      });
+      const auto put_qkv = [&](int row, int n, int c, int columns, const float* v, int stride) {
+        for (int r = 0; r < n; ++r) copy(v + r * stride, qkv_ + (row + r) * qkv_width_ + c, columns);
+      };
+      const int heads = s_.heads(), members = member_.count();
+      const auto attend_units = [&](int first, int last, int unit_heads, int first_head) {
+        const auto at = [&](int u) { return cache(j, u / unit_heads, first_head + u % unit_heads); };
+        for (int u = first; u < last; ++u)
+          attention(layer, u / unit_heads, first_head + u % unit_heads, at(u), at(u + 1 < last ? u + 1 : u), position,
+                    count, tokens, keys_only);
+      };
+      if (heads % members == 0 && s_.head_dim % kTileColumns == 0) {  // each member has its own heads
+        const int own = heads / members, columns = own * s_.head_dim;
+        normalized(layer, at.norm1_weight, at.norm1_bias, rows, [&](int part, const Value* y) {
+          for (int i = 0; i < 3; ++i) {
+            const int first = i * s_.width + part * columns;
+            P::product(layer, at.qkv, y, width_, rows, first, first + columns, put_qkv);
+          }
+          attend_units(0, sequences_ * own, own, part * own);
+        });
+      } else {
+        normalized(layer, at.norm1_weight, at.norm1_bias, rows,
+                   [&](int part, const Value* y) { multiply_part(part, layer, at.qkv, y, width_, rows, put_qkv); });
+        member_.phase([&](int part) {
+          const int units = sequences_ * heads;
+          attend_units(units * part / members, units * (part + 1) / members, heads, 0);
+        });
+      }
       if (keys_only) return;
       const auto add_to_h = [&](int row, int n, int c, int columns, const float* v, int stride) {
         columns = std::min<int>(columns, static_cast<int>(width_) - c);
         for (int r = 0; r < n; ++r) add(v + r * stride, h_ + (row + r) * width_ + c, columns);
       };
       multiply(layer, at.proj, attended_, width_, rows, add_to_h);
-      normalized(layer, at.norm2_weight, at.norm2_bias, rows, at.fc1,
-                 [&](int row, int n, int c, int columns, const float* v, int stride) {
-                   for (int r = 0; r < n; ++r) gate(v + r * stride, row + r, c, columns);
-                 });
+      normalized(layer, at.norm2_weight, at.norm2_bias, rows, [&](int part, const Value* y) {
+        multiply_part(part, layer, at.fc1, y, width_, rows,
+                      [&](int row, int n, int c, int columns, const float* v, int stride) {
+                        for (int r = 0; r < n; ++r) gate(v + r * stride, row + r, c, columns);
+                      });
+      });
       multiply(layer, at.fc2, hidden_, hidden_width_, rows, add_to_h);
     }
   }
 
-  // The raw parameters that the network wrote for block token n of sample b, from token i of `count`: guided, in its
-  // layout.
-  const float* raw(const AffineOptions& affine, int b, int n, int count, int i) {
-    const int64_t row = static_cast<int64_t>(b) * count + i, other = row + static_cast<int64_t>(samples_) * count;
+  // raw = proj_out(h) of the rows [begin, end) of a share, and of the same rows of the unconditional sequences
+  void project(int count, int begin, int end) {
+    for (int64_t half = 0; half < (condition_.guided ? 2 : 1); ++half) {
+      const int64_t first = half * samples_ * count + begin;
+      Fp32::product(data_, packed_.proj_out, h_ + first * width_, width_, end - begin, 0, packed_.proj_out.columns,
+                    [&](int r, int rows, int c, int columns, const float* v, int stride) {
+                      for (int i = 0; i < rows; ++i)
+                        copy(v + i * stride, raw_ + (first + r + i) * raw_width_ + c, columns);
+                    });
+    }
+  }
+
+  // The raw parameters of block token n from row `row` of `count` tokens a sample, after `project`: guided, in the
+  // layout of the network.
+  const float* raw(const AffineOptions& affine, int count, int row, int n) {
     float* raw = raw_ + row * raw_width_;
-    project(row);
     if (!condition_.guided) return raw;
-    project(other);
-    const float* null_raw = raw_ + other * raw_width_;
+    const float* null_raw = raw + static_cast<int64_t>(samples_) * count * raw_width_;
     const float g = condition_.anneal ? condition_.guidance * n / std::max(s_.tokens - 1, 1) : condition_.guidance;
     const int D = s_.channels, columns = s_.raw_columns();
     for (int c = 0; c < columns; ++c) {
@@ -210,12 +241,6 @@ class Transformer {
     int i = 0;
     for (; i + kLanes <= n; i += kLanes) store(to + i, load(to + i) + load(from + i));
     for (; i < n; ++i) to[i] += from[i];
-  }
-
-  void project(int64_t row) {  // raw = proj_out(h)
-    Fp32::product(
-        data_, packed_.proj_out, h_ + row * width_, width_, 1, 0, packed_.proj_out.columns,
-        [&](int, int, int c, int columns, const float* v, int) { copy(v, raw_ + row * raw_width_ + c, columns); });
   }
 
   bool unconditional(int sequence) const { return sequence >= samples_; }
@@ -253,9 +278,9 @@ class Transformer {
     member_.phase([&](int part) { multiply_part(part, layer, at, x, stride, rows, sink); });
   }
 
-  // norm(h) W^T + bias
-  template <class Sink>
-  void normalized(const float* layer, int64_t weight, int64_t bias, int rows, const PackedLinear& at, Sink&& sink) {
+  // A phase that needs norm(h): use(part, norm(h) [rows][width])
+  template <class Use>
+  void normalized(const float* layer, int64_t weight, int64_t bias, int rows, Use&& use) {
     const bool few = rows <= kFewRows;
     if (!few)
       member_.phase([&](int part) {
@@ -266,7 +291,7 @@ class Transformer {
     member_.phase([&](int part) {
       Value* y = few ? few_ + member_.me() * kFewRows * width_ : y_;
       for (int r = 0; few && r < rows; ++r) normalize(layer, weight, bias, r, y + r * width_);
-      multiply_part(part, layer, at, y, width_, rows, sink);
+      use(part, y);
     });
   }
 
@@ -274,7 +299,8 @@ class Transformer {
     Value* hidden = hidden_ + row * hidden_width_;
     if (s_.gate == Gate::gelu) {
       columns = std::min<int>(columns, static_cast<int>(hidden_width_) - c);
-      for (int i = 0; i < columns; i += kLanes) store(hidden + c + i, gelu(load(v + i)));
+      for (int i = 0; i < columns; i += kLanes)
+        store(hidden + c + i, P::kPairs ? gelu_coarse(load(v + i)) : gelu(load(v + i)));
     } else {
       for (int i = 0; i < columns; i += 2 * kColumnGroup)
         for (int k = 0; k < kColumnGroup; k += kLanes) {
@@ -284,12 +310,11 @@ class Transformer {
     }
   }
 
-  void attention(const float* layer, int j, int sequence, int head, int position, int count, bool tokens,
-                 bool keys_only) {
+  void attention(const float* layer, int sequence, int head, float* memory, const float* next, int position, int count,
+                 bool tokens, bool keys_only) {
     const int d = s_.head_dim;
     const float temperature = unconditional(sequence) ? condition_.attn_temp : 1.f;
     const float scale = 1.f / (std::sqrt(static_cast<float>(d)) * temperature);
-    float* memory = cache(j, sequence, head);
     float* rows = qkv_ + static_cast<int64_t>(sequence) * count * qkv_width_ + head * d;
     for (int i = 0; i < count; ++i) {
       float *q = rows + i * qkv_width_, *k = q + s_.width, *v = k + s_.width;
@@ -310,9 +335,8 @@ class Transformer {
     alignas(64) float out[kLargestHead];
     float* scores = scores_ + member_.me() * scores_width_;
     for (int i = 0; i < count; ++i) {
-      // heads and sequences lie one after the other; the last one's `next` is not read, only fetched
-      attend<P::kPairs>(cache_, memory, memory + cache_.size(), position + i + 1, rows + i * qkv_width_, scale, scores,
-                        out);
+      attend<P::kPairs>(cache_, memory, i + 1 < count ? memory : next, position + i + 1, rows + i * qkv_width_, scale,
+                        scores, out);
       Value* to = attended_ + (static_cast<int64_t>(sequence) * count + i) * width_ + head * d;
       int c = 0;
       for (; c + kLanes <= d; c += kLanes) store(to + c, load(out + c));
