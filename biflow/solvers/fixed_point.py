@@ -16,12 +16,13 @@ from torch import Tensor
 
 from biflow.solvers.protocol import Condition, InvertibleBlock, Iterate
 
-# Flows that Jacobi suits need 8 to 15 passes to 1e-5 whatever T is; twice that is no longer worth waiting for.
+# Blocks that suit the iteration converge to 1e-5 in 8 to 15 passes whatever T is, with an error that shrinks from the
+# first pass on. In the others a pass settles little more than one more token: there is nothing to wait for.
 MAX_PASSES = 32
-# A pass over W tokens costs at most as much arithmetic as W token steps, so a window that does not get better within
-# this many passes has cost at most so many sequential decodes of it. Such samples leave the iteration for good: a
-# block whose coupling is too strong costs a small multiple of its sequential decode, not W times as much.
-PATIENCE = 8
+# A pass over W tokens costs at most the arithmetic of W token steps, that is, one sequential decode of the window. After
+# more than so many passes a sample stays only if at its present rate it would converge within MAX_PASSES. So a block
+# that is too strongly coupled costs PATIENCE + 1 times its sequential decode at most, and that decode; not W times.
+PATIENCE = 6
 
 
 def fixed_point(
@@ -31,8 +32,8 @@ def fixed_point(
 
     A sample has converged in a window when update and residual of the same pass, its last, are at most tol (in the
     units of `Iterate.update`). The batch goes on until every sample has converged or is given up: because a value is
-    not finite (what it would do to other tokens then no longer matters: samples never meet), because its error has not
-    halved within PATIENCE passes, or at the cap.
+    not finite (what that does to other tokens no longer matters, and samples never meet), because its error shrinks too
+    slowly to meet tol within MAX_PASSES, or at the cap.
 
     Returns:
         x (B,T,D); converged (B,) bool, False for samples given up, whose x is garbage; passes, calls of `update`.
@@ -63,8 +64,10 @@ def _solve_window(iterate: Iterate, start: int, stop: int, tol: float, live: Ten
         live = live & error.isfinite()
         best.append(torch.minimum(best[-1], error) if best else error)
         if len(best) > patience:
-            # a converged sample may flicker around tol while it waits for the others: it is not given up
-            live = live & ((best[-1] <= tol) | (best[-1] <= 0.5 * best[-1 - patience]))
+            rate = best[-1] / best[-1 - patience]
+            projected = best[-1] * rate ** ((MAX_PASSES - passes) / (patience * iterate.look_every))
+            # one that has converged may flicker around tol while it waits for the others: it is not given up
+            live = live & ((best[-1] <= tol) | (projected <= tol))
         if not bool((live & ~converged).any()):
             break
     return converged, passes
