@@ -66,10 +66,10 @@ class Block(nn.Module):
     def params(
         self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, attn_temp: float = 1.0
     ) -> Tensor:
-        """The parallel pass: x (B,N,D), N <= T tokens in block order -> raw parameters (B,N,2D) as the network writes them.
+        """The parallel pass: x (B,N,D) in block order -> raw parameters (B,N,2D) as the network writes them.
 
-        (B,N,D) if shift_only. context: prefix tokens at width C, from `project_context`. Row n holds the parameters of
-        token n + 1 (shift) or n (start token).
+        The first N <= T tokens. (B,N,D) if shift_only. context: prefix tokens at width C, from `project_context`. Row n
+        holds the parameters of token n + 1 (shift) or n (start token).
         """
         c, batch, tokens = self.config, x.shape[0], x.shape[1]
         if self.start_token is not None:

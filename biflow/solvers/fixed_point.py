@@ -19,9 +19,9 @@ from biflow.solvers.protocol import Condition, InvertibleBlock, Iterate
 # Blocks that suit the iteration converge to 1e-5 in 8 to 15 passes whatever T is, with an error that shrinks from the
 # first pass on. In the others a pass settles little more than one more token: there is nothing to wait for.
 MAX_PASSES = 32
-# A pass over W tokens costs at most the arithmetic of W token steps, that is, one sequential decode of the window. After
-# more than so many passes a sample stays only if at its present rate it would converge within MAX_PASSES. So a block
-# that is too strongly coupled costs PATIENCE + 1 times its sequential decode at most, and that decode; not W times.
+# A pass over W tokens costs at most the arithmetic of W token steps, that is, one sequential decode of the window. Past
+# this many passes a sample stays only if at its present rate it would converge within MAX_PASSES. So a block that is
+# too strongly coupled costs PATIENCE + 1 times its sequential decode at most, and that decode; not W times.
 PATIENCE = 6
 
 
