@@ -133,6 +133,8 @@ def strong_flow(scale=1.0, **options):
     with torch.no_grad():
         for block in flow.blocks:
             block.proj_out.weight.mul_(10 * scale)
+            if block.class_embed is not None:
+                block.class_embed.mul_(0.1)  # that the other tokens count
     return flow
 
 
