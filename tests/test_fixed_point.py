@@ -70,6 +70,11 @@ def test_jacobi_needs_as_many_passes_as_the_coupling_says(gain, tol, passes):
     assert (x - block.decode_sequential(ones(2, 100), Condition())).abs().max() <= tol
 
 
+def test_bf16_stops_at_the_tolerance_that_it_can_meet():
+    _, passes, _ = solvers.solve(Chain(100), ones(1, 100), Condition(precision="bf16"), Method("jacobi"), 1e-9)
+    assert passes in (3, 4), "a^k <= 1e-3"
+
+
 def test_a_window_is_exact_after_as_many_passes_as_it_has_tokens():
     """Whatever the coupling. One more pass finds that out; the first window starts with its first token right."""
     block = Chain(12, [3.0])
@@ -219,6 +224,27 @@ def test_the_rate_decides_who_stays():
     assert Script(plateau + [0.1**k for k in range(1, 9)]).run() == ([True], PATIENCE - 2 + 5)
     assert Script([1.0]).run() == ([False], PATIENCE + 1)
     assert Script([2.0**k for k in range(50)]).run() == ([False], PATIENCE + 1)
+
+
+def test_one_that_is_exact_may_wait():
+    assert Script([0.0], [0.3**k for k in range(11)]).run() == ([True, True], 11)
+
+
+def test_the_rate_is_that_of_the_passes_also_where_few_are_looked_at():
+    for rate, good in ((0.8, False), (0.67, True)):
+        script = Script([rate**k for k in range(50)])
+        script.look_every = 3
+        converged, passes = script.run()
+        assert converged == [good]
+        assert passes == (30 if good else PATIENCE + 3)
+
+
+def test_those_that_never_agree_are_cut_off():
+    """Two samples at the edge of the tolerance, in turn above it."""
+    even, odd = [0.9e-5, 1.1e-5] * 50, [1.1e-5, 0.9e-5] * 50
+    converged, passes = Script(even, odd).run()
+    assert passes == MAX_PASSES
+    assert converged == [False, True], "what the last pass found"
 
 
 def test_passes_are_capped():
