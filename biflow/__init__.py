@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from biflow import interop, ops
+    from biflow import interop, ops, solvers
+    from biflow.calibration import calibrate
     from biflow.checkpoint import load, save
     from biflow.models import BiFlow, BiFlowConfig, TarFlow, TarFlowConfig
 
@@ -16,10 +17,12 @@ __all__ = [
     "TarFlow",
     "TarFlowConfig",
     "__version__",
+    "calibrate",
     "interop",
     "load",
     "ops",
     "save",
+    "solvers",
 ]
 
 # name -> the module that defines it; imported on first use, so that `biflow --help` need not wait for torch
@@ -28,6 +31,7 @@ _HOMES = {
     "BiFlowConfig": "biflow.models",
     "TarFlow": "biflow.models",
     "TarFlowConfig": "biflow.models",
+    "calibrate": "biflow.calibration",
     "load": "biflow.checkpoint",
     "save": "biflow.checkpoint",
 }

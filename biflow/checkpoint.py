@@ -4,6 +4,7 @@ A file's safetensors metadata has one entry, `biflow`: a JSON object of `format`
 `version` (of biflow), `config`, `metadata`, and `sha256` over those and over every tensor's name, dtype, shape and
 bytes. A flipped bit, in the header or in the data, is found when the file is read. One entry, because safetensors
 writes several in random order: equal contents are equal files.
+`metadata["policy"]` is the model's `policy`, if it has one.
 """
 
 import contextlib
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 import biflow
 from biflow.config import from_mapping, to_mapping
 from biflow.models import BiFlow, BiFlowConfig, TarFlow, TarFlowConfig
+from biflow.solvers import Policy
 
 FORMAT = "biflow 1"
 ENTRY = "biflow"
 FIELDS = ("format", "kind", "version", "config", "metadata", "sha256")
 KINDS = {"TarFlow": (TarFlow, TarFlowConfig), "BiFlow": (BiFlow, BiFlowConfig)}
+POLICY = "policy"  # where a TarFlow's policy is in the metadata
 TEMPORARY = ".tmp-"  # names that start so are leftovers of a killed process
 
 
@@ -47,17 +50,26 @@ def save(model: TarFlow | BiFlow, path: str | Path, metadata: Mapping[str, Any] 
     """Write the model and its configuration to one safetensors file, atomically: `path` is the old file or the new one.
 
     Args:
-        model: a TarFlow or BiFlow, on any device.
+        model: a TarFlow or BiFlow, on any device. The policy of a TarFlow is kept too.
         path: the file; its folder must exist.
-        metadata: further JSON values to keep in the file (`describe` reads them).
+        metadata: further JSON values to keep in the file (`describe` reads them); "policy" is the model's own.
 
     Raises:
-        TypeError: another kind of model, or metadata that is not JSON. FileNotFoundError: no such folder.
+        TypeError: another kind of model, a policy that is none, or metadata that is not JSON. ValueError: metadata with
+        "policy", a policy for another number of blocks. FileNotFoundError: no such folder.
     """
     kind = type(model).__name__
     if kind not in KINDS or type(model) is not KINDS[kind][0]:
         raise TypeError(f"model: expected one of {', '.join(KINDS)}, got {kind}")
-    write(path, kind, model.state_dict(), to_mapping(model.config), metadata or {})
+    metadata = dict(metadata or {})
+    if POLICY in metadata:
+        raise ValueError(f"metadata: expected no {POLICY!r}, which is what model.policy is kept as")
+    policy = getattr(model, "policy", None)
+    if policy is not None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy: expected a solvers.Policy or None, got {type(policy).__name__}")
+        metadata[POLICY] = policy.fitting(len(model.blocks)).to_mapping()
+    write(path, kind, model.state_dict(), to_mapping(model.config), metadata)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> TarFlow | BiFlow:
@@ -65,7 +77,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TarFlow | BiFl
 
     Raises:
         FileNotFoundError: no such file. ValueError: a truncated, corrupted, pickled or foreign file, an unknown kind, a
-        configuration that this version does not take, tensors that do not fit the configuration. NaN values are fine.
+        configuration that this version does not take, tensors that do not fit the configuration, a policy that is
+        malformed or for another number of blocks. NaN values are fine.
     """
     contents = read(path)
     if contents.kind not in KINDS:
@@ -85,6 +98,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TarFlow | BiFl
         raise ValueError(
             f"{path}: expected the tensors of the {contents.kind} that its config names; {error}"
         ) from None
+    if isinstance(model, TarFlow) and POLICY in contents.metadata:
+        try:
+            model.policy = Policy.from_mapping(contents.metadata[POLICY], len(model.blocks))
+        except ValueError as error:
+            raise ValueError(f"{path}: expected a valid policy in the metadata; {error}") from None
     return model.to(device).eval()
 
 

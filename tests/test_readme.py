@@ -17,6 +17,7 @@ TEXT = (ROOT / "README.md").read_text()
 SMALL = ["model.width=32", "model.head_dim=16", "model.num_blocks=2", "optim.steps=2", "optim.batch_size=8"]
 SMALL += ["optim.warmup_steps=1", "run.tensorboard=false", "run.threads=1"]
 TINY = {"train": SMALL, "distill": SMALL, "demo": ["--quick"], "bench": ["--quick"], "evaluate": ["--samples", "40"]}
+TINY["calibrate"] = ["--batches", "1", "--repetitions", "1"]
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:
@@ -32,7 +33,16 @@ def commands(text: str = TEXT) -> list[list[str]]:
 def test_readme_has_code_and_commands():
     """A README rewritten in another format must not make the tests below pass by running nothing."""
     assert len(blocks("python")) >= 2
-    assert {c[0] for c in commands()} >= {"demo", "train", "distill", "sample", "evaluate", "info", "bench"}
+    assert {c[0] for c in commands()} >= {
+        "demo",
+        "train",
+        "distill",
+        "sample",
+        "calibrate",
+        "evaluate",
+        "info",
+        "bench",
+    }
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command line: `biflow train | distill | sample | evaluate | info | demo | bench`.
+"""The command line: `biflow train | distill | sample | calibrate | evaluate | info | demo | bench`.
 
 Exit codes: 0 done, 1 a failure at run time, 2 wrong usage, configuration, data or checkpoint, 130 interrupted
 (SIGINT), 143 terminated (SIGTERM).

@@ -1,4 +1,4 @@
-"""What one does with a checkpoint: sample, evaluate, info."""
+"""What one does with a checkpoint: sample, calibrate, evaluate, info."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from biflow.models import BiFlow, TarFlow
+    from biflow.solvers import Policy
 
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CKPT", help="A model .safetensors file, or a finished run's folder.")
@@ -70,6 +71,55 @@ def sample(
         typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
     _write(images, y, path)
     typer.echo(f"{path}: {n} images")
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    batches: Annotated[str, typer.Option("--batches", metavar="N,N,...", help="Batch sizes.")] = "1,16,64",
+    precision: Annotated[
+        str | None, typer.Option("--precision", metavar="P,P,...", help="Precisions.  [default: all of this build]")
+    ] = None,
+    guidance: Annotated[
+        list[float] | None, typer.Option("--guidance", help="Strength; may be repeated.  [default: 0]")
+    ] = None,
+    tol: Annotated[float, typer.Option("--tol", help="Tolerance of the iterative solvers.")] = 1e-5,
+    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Timed runs of each solver.")] = 7,
+    out: Annotated[str | None, typer.Option("--out", help="Write the model here.  [default: in place]")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Measure which solver inverts which block of a flow fastest on this machine, and keep that in the checkpoint.
+
+    Exact decoding follows it (solver "auto"); without it every block is decoded sequentially. What was measured for
+    other devices, precisions, batch sizes and guidances stays in the file.
+    """
+    import biflow
+    from biflow import checkpoint as files
+    from biflow import solvers
+
+    sizes = []
+    for word in batches.split(","):
+        if not word.strip().isdecimal():
+            raise ValueError(f"--batches: expected numbers separated by commas, got {batches!r}")
+        sizes.append(int(word))
+    source = model_file(checkpoint)
+    path = source if out is None else Path(out).expanduser()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
+    flow = load_model(checkpoint, "TarFlow")
+    policy = biflow.calibrate(
+        flow,
+        batches=sizes,
+        precisions=solvers.PRECISIONS if precision is None else tuple(p.strip() for p in precision.split(",")),
+        guidances=tuple(guidance or (0.0,)),
+        tol=tol,
+        repetitions=repetitions,
+        progress=not quiet,
+    )
+    metadata = {k: v for k, v in files.read(source).metadata.items() if k != files.POLICY}
+    files.save(flow, path, metadata)
+    for line in _policy_table(policy):
+        typer.echo(line)
+    typer.echo(f"{path}: calibrated")
 
 
 def evaluate(
@@ -143,9 +193,20 @@ def info(
     from biflow import ops  # noqa: F401  (registers torch.ops.biflow)
 
     if checkpoint is not None:
-        from biflow.checkpoint import describe
+        from biflow.checkpoint import POLICY, describe
+        from biflow.solvers import Policy
 
-        found = describe(model_file(checkpoint))
+        path = model_file(checkpoint)
+        found = describe(path)
+        if found["kind"] == "TarFlow" and POLICY in found["metadata"]:
+            try:
+                policy = Policy.from_mapping(found["metadata"].pop(POLICY), found["config"].get("num_blocks"))
+            except ValueError as error:
+                raise ValueError(f"{path}: expected a valid policy in the metadata; {error}") from None
+            found[POLICY] = [
+                {**entry, "blocks": [_method(block) for block in entry["blocks"]]}
+                for entry in policy.to_mapping()["entries"]
+            ]
     else:
         found = {
             "biflow": biflow.__version__,
@@ -161,6 +222,33 @@ def info(
         else:
             found["build"] = {k: v for k, v in _C.build_info().items() if k != "version"}
     typer.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip())
+
+
+def _policy_table(policy: "Policy") -> list[str]:
+    """A line a block of each entry, below a line of headings."""
+    rows = [("device", "precision", "batch", "guidance", "block", "solver", "window", "passes", "ms")]
+    rows += [
+        (
+            entry.device,
+            entry.precision,
+            str(entry.batch),
+            f"{entry.guidance:g}",
+            str(index),
+            found.solver,
+            str(found.window or "-"),
+            str(found.passes),
+            f"{found.ms:.3g}",
+        )
+        for entry in policy.entries
+        for index, found in enumerate(entry.blocks)
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _method(found: dict) -> str:
+    window = f" {found['window']}" if found["window"] else ""
+    return f"{found['solver']}{window}, {found['passes']} passes, {found['ms']:.3g} ms"
 
 
 def _labels(model: "TarFlow | BiFlow", label: str, n: int) -> "Tensor | None":
@@ -205,6 +293,14 @@ COMMANDS = (
             "biflow sample runs/inverse --n 50",
             "biflow sample runs/flow --class 3 --guidance 2 --out threes.png",
             "biflow sample runs/inverse/model.safetensors --n 1000 --seed 7 --out samples.npz",
+        ),
+    ),
+    (
+        "calibrate",
+        calibrate,
+        examples(
+            "biflow calibrate runs/flow",
+            "biflow calibrate flow.safetensors --batches 1,256 --guidance 0 --guidance 2 --out calibrated.safetensors",
         ),
     ),
     (

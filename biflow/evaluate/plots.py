@@ -10,7 +10,7 @@ from torch import Tensor
 from biflow.checkpoint import replacing
 from biflow.models import BiFlow, TarFlow
 from biflow.models.layers import unpatchify
-from biflow.solvers import Guidance
+from biflow.solvers import Condition, Guidance
 
 TILE = 56  # pixels that an image's side is enlarged to, at least
 GAP = 4
@@ -65,11 +65,11 @@ def trajectories(
     All as images (N,C,S,S); guidance acts on the exact ones, and on the learned ones where it was trained in.
     """
     patch, classes = flow.config.patch_size, flow.config.num_classes
-    strength = Guidance(guidance if classes else 0.0)
+    condition = Condition(y if classes else None, None, Guidance(guidance if classes else 0.0))
     x = z * flow.var.sqrt()
     exact = [z]
     for block in reversed(flow.blocks):
-        x = block.decode_sequential(x, y if classes else None, None, strength)
+        x = block.decode_sequential(x, condition)
         exact.append(x)
     exact = [unpatchify(state, patch) for state in exact]
     exact.append(flow.denoise(exact[-1], y if classes else None) if flow.config.noise_std > 0 else exact[-1])

@@ -5,19 +5,21 @@ import math
 import torch
 from torch import Tensor, nn
 
-from biflow import ops, solvers
+from biflow import ops
+from biflow.models.iterate import BlockIterate
 from biflow.models.layers import Layer, class_rows, rope_tables
 from biflow.ops import BlockConfig
 from biflow.ops._checks import check_device
 from biflow.ops._weights import weights_key
+from biflow.solvers import Condition
 
 
 class Block(nn.Module):
     """One flow block: a causal transformer that writes the affine parameters of each token from the tokens before it.
 
-    `params`, `affine`, `forward` and `guided_encode` work in block order: `TarFlow` turns the tokens (B,T,D) around
-    between blocks, the smallest tensor there is, so that attention is causal in memory order. `decode_sequential` and
-    `residual` take and return data order.
+    `params`, `guided_params`, `affine` and `forward` work in block order: `TarFlow` turns the tokens (B,T,D) around
+    between blocks, the smallest tensor there is, so that attention is causal in memory order. What the solvers call
+    (`biflow.solvers.InvertibleBlock`) takes and returns data order.
 
     Args:
         config: see `ops.BlockConfig`; the state_dict (with the rotary tables) is what `ops.pack_block` takes.
@@ -64,17 +66,17 @@ class Block(nn.Module):
     def params(
         self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, attn_temp: float = 1.0
     ) -> Tensor:
-        """The parallel pass: x (B,T,D) in block order -> raw parameters (B,T,2D) as the network writes them.
+        """The parallel pass: x (B,N,D) in block order -> raw parameters (B,N,2D) as the network writes them.
 
-        (B,T,D) if shift_only. context: prefix tokens at width C, from `project_context`. Row n holds the parameters of
-        token n + 1 (shift) or n (start token).
+        The first N <= T tokens. (B,N,D) if shift_only. context: prefix tokens at width C, from `project_context`. Row n
+        holds the parameters of token n + 1 (shift) or n (start token).
         """
-        c, batch = self.config, x.shape[0]
+        c, batch, tokens = self.config, x.shape[0], x.shape[1]
         if self.start_token is not None:
             x = torch.cat([self.start_token.expand(batch, 1, -1), x[:, :-1]], dim=1)
         h = self.proj_in(x).to(x.dtype)  # under autocast the residual stream stays in x's dtype
         if self.pos_embed is not None:
-            h = h + (self.pos_embed.flip(0) if c.flip else self.pos_embed)
+            h = h + (self.pos_embed.flip(0) if c.flip else self.pos_embed)[:tokens]
         prefix = []
         if self.class_embed is not None:
             rows = class_rows(self.class_embed, y, batch)
@@ -89,42 +91,48 @@ class Block(nn.Module):
             h = torch.cat([*[p.to(h.dtype) for p in prefix], h], dim=1)
         rope = None
         if c.rope:
-            rope = (self.rope_cos.flip(0), self.rope_sin.flip(0)) if c.flip else (self.rope_cos, self.rope_sin)
+            rope = tuple((t.flip(0) if c.flip else t)[:tokens] for t in (self.rope_cos, self.rope_sin))
         for layer in self.layers:
             h = layer(h, rope, causal=True, prefix=length, attn_temp=attn_temp)
         return self.proj_out(h[:, length:])
 
     def affine(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B,T,D) in x's dtype and logdet (B,) of x under raw parameters, both in block order."""
+        """z (B,N,D) in x's dtype and logdet (B,) of x under raw parameters, both the first N tokens in block order."""
+        return ops.affine_encode(x, self._both_halves(raw), **self._affine_options())
+
+    def affine_inverse(self, z: Tensor, raw: Tensor) -> Tensor:
+        """x (B,N,D) with `affine(x, raw)` = z."""
+        return ops.affine_decode(z, self._both_halves(raw), **self._affine_options())
+
+    def _both_halves(self, raw: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(raw), raw], dim=-1) if self.config.shift_only else raw  # exp(0) = 1
+
+    def _affine_options(self) -> dict:
         c = self.config
-        if c.shift_only:
-            raw = torch.cat([torch.zeros_like(raw), raw], dim=-1)  # exp(0) = 1
-        return ops.affine_encode(
-            x, raw, layout=c.layout, scale=c.scale, clip=c.clip, clip_on=c.clip_on, causal=self.causal
-        )
+        return {"layout": c.layout, "scale": c.scale, "clip": c.clip, "clip_on": c.clip_on, "causal": self.causal}
 
     def forward(self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """encode: x (B,T,D) in block order -> z (B,T,D), logdet (B,). context as the user gave it."""
         return self.affine(x, self.params(x, y, self.project_context(context, x.shape[0])))
 
-    def guided_encode(
-        self, x: Tensor, y: Tensor | None, context: Tensor | None, guidance: solvers.Guidance
-    ) -> tuple[Tensor, Tensor]:
-        """`forward` with the parameters that a guided decode uses; x in block order."""
-        c, batch = self.config, x.shape[0]
-        prefix = self.project_context(context, batch)
-        raw = self.params(x, y, prefix)
-        if guidance.scale > 0:
-            null = None if prefix is None else self.null_context.expand(batch, prefix.shape[1], -1)
-            other = self.params(x, None, null, attn_temp=guidance.attn_temp)
-            weight = torch.full((c.tokens, 1), guidance.scale, dtype=raw.dtype, device=raw.device)
-            if guidance.anneal:  # row n makes token n + 1 where the parameters shift
-                index = torch.arange(c.tokens, dtype=raw.dtype, device=raw.device)[:, None]
-                weight = weight * (index + (1 if self.causal else 0)) / max(c.tokens - 1, 1)
-            halves = raw.new_tensor([("a" in guidance.guide), ("b" in guidance.guide)])
-            halves = halves[1:] if c.shift_only else halves
-            raw = raw + weight * halves.repeat_interleave(c.channels) * (raw - other)
-        return self.affine(x, raw)
+    def guided_params(self, x: Tensor, condition: Condition, prefix: Tensor | None) -> Tensor:
+        """`params` as a guided decode uses them: raw + w (raw - raw of the unconditional pass) with w by token.
+
+        x (B,N,D), the first N tokens in block order. prefix: from `project_context` of the condition's context.
+        """
+        c, guidance, (batch, tokens) = self.config, condition.guidance, x.shape[:2]
+        raw = self.params(x, condition.y, prefix)
+        if guidance.scale == 0:
+            return raw
+        null = None if prefix is None else self.null_context.expand(batch, prefix.shape[1], -1)
+        other = self.params(x, None, null, attn_temp=guidance.attn_temp)
+        weight = torch.full((tokens, 1), guidance.scale, dtype=raw.dtype, device=raw.device)
+        if guidance.anneal:  # row n makes token n + 1 where the parameters shift
+            index = torch.arange(tokens, dtype=raw.dtype, device=raw.device)[:, None]
+            weight = weight * (index + (1 if self.causal else 0)) / max(c.tokens - 1, 1)
+        halves = raw.new_tensor([("a" in guidance.guide), ("b" in guidance.guide)])
+        halves = halves[1:] if c.shift_only else halves
+        return raw + weight * halves.repeat_interleave(c.channels) * (raw - other)
 
     def packed(self) -> ops.BlockWeights:
         """The weights as `ops.decode_block` reads them; packed again when their values changed, by whatever way.
@@ -146,20 +154,23 @@ class Block(nn.Module):
         return self._packed[1]
 
     @property
+    def tokens(self) -> int:
+        """T."""
+        return self.config.tokens
+
+    @property
     def sequential_passes(self) -> int:
         """Network evaluations of `decode_sequential`: without a start token the first token stays as it is."""
         return self.config.tokens - (0 if self.config.start_token else 1)
 
-    def decode_sequential(
-        self, z: Tensor, y: Tensor | None, context: Tensor | None, guidance: solvers.Guidance
-    ) -> Tensor:
+    def decode_sequential(self, z: Tensor, condition: Condition) -> Tensor:
         """The exact inverse, token by token: z (B,T,D) in data order -> x (B,T,D) in data order."""
-        prefix = self.project_context(context, z.shape[0])
+        prefix, guidance = self.project_context(condition.context, z.shape[0]), condition.guidance
         return ops.decode_block(
             z,
             self.packed(),
             self.config,
-            y=y,
+            y=condition.y,
             context=prefix,
             null_context=None if prefix is None else self.null_context.expand(prefix.shape[1], -1),
             guidance=guidance.scale,
@@ -168,13 +179,16 @@ class Block(nn.Module):
             attn_temp=guidance.attn_temp,
         )
 
-    def residual(
-        self, x: Tensor, z: Tensor, y: Tensor | None, context: Tensor | None, guidance: solvers.Guidance
-    ) -> Tensor:
+    def residual(self, x: Tensor, z: Tensor, condition: Condition) -> Tensor:
         """max |G(x) - z| over tokens and channels, (B,): how far x is from the inverse of z. Both in data order."""
         if self.config.flip:
             x, z = x.flip(1), z.flip(1)
-        return (self.guided_encode(x, y, context, guidance)[0] - z).abs().flatten(1).amax(1)
+        raw = self.guided_params(x, condition, self.project_context(condition.context, x.shape[0]))
+        return (self.affine(x, raw)[0] - z).abs().flatten(1).amax(1)
+
+    def iterate(self, z: Tensor, condition: Condition) -> BlockIterate:
+        """The fixed-point iteration towards the inverse of z (B,T,D), in data order."""
+        return BlockIterate(self, z, condition)
 
     def _apply(self, fn, recurse=True):  # .to(), .cuda(), .double(): do not keep the old weights alive
         self._packed = None

@@ -131,7 +131,7 @@ class TarFlowConfig:
 
 
 class TarFlow(nn.Module):
-    """The forward model. encode: data to noise in one parallel pass; decode: its exact inverse, token by token.
+    """The forward model. encode: data to noise in one parallel pass; decode: its exact inverse, by one of the solvers.
 
     log p(x) = log N(z; 0, I) + log|det dz/dx| (arXiv 2412.06329, eq. 5), with z and logdet from `encode`.
     """
@@ -142,6 +142,8 @@ class TarFlow(nn.Module):
         self.blocks = nn.ModuleList(Block(config.block(i), config.context_dim) for i in range(config.num_blocks))
         # variance of the prior: ones, which `update_prior` moves for shift_only models
         self.register_buffer("var", torch.ones(config.tokens, config.channels))
+        # which solver is fastest for which block, from `biflow.calibrate`; what solver="auto" follows
+        self.policy: solvers.Policy | None = None
 
     def encode(
         self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, return_states: bool = False
@@ -229,27 +231,32 @@ class TarFlow(nn.Module):
             z: (B,T,D) fp32.
             y, context: the condition, as in `encode`. Where y is -1 guidance acts only through attn_temp. The
                 unconditional pass sees as many null tokens as context has.
-            solver: "sequential", or "auto" (= "sequential").
-            window: tokens a window of a windowed solver; None for the sequential one.
+            solver: how each block is inverted. "sequential": token by token. "jacobi": all tokens at once, iterated to
+                a fixed point. "windowed": Jacobi inside windows of tokens, window after window (GS-Jacobi, arXiv
+                2505.12849). "auto": by block, what `self.policy` says is fastest, or sequential without a policy.
+            window: tokens a window, at least 1; only with "windowed" (None: 16). T and more make it Jacobi.
             guidance: g >= 0; 0 means none. At each token the raw parameters become r + w (r - r_u) with r_u of an
                 unconditional pass (arXiv 2412.06329, section 3.5).
             guide: which parameters are guided: "a" (scale), "b" (shift) or "ab".
             anneal: w = g t / max(T - 1, 1) for the token of index t in block order; False: w = g.
             attn_temp: divides the attention logits of the unconditional pass; what guidance uses without classes.
             precision: "fp32", also inside torch.autocast.
-            tol: tolerance of iterative solvers; the sequential one is exact and ignores it.
-            return_info: also return a `solvers.DecodeInfo` with the residual of each sample; costs one encode, two with
-                guidance.
+            tol: tolerance of the iterative solvers, for the last update and the residual of each value v, both
+                relative to max(1, |v|). In precision "bf16" those below 1e-3 count as 1e-3. Samples that do not get
+                there in time, because the coupling of their tokens is too strong or because tol is below rounding,
+                are decoded sequentially, which is exact and ignores tol.
+            return_info: also return a `solvers.DecodeInfo` with the residual of each sample, and the solver, passes and
+                fallbacks of each block; costs one encode, two with guidance.
 
         Returns:
             x (B,C,H,W) fp32, not clamped, infinite or NaN where strong guidance overflowed; with return_info (x, info).
 
         Raises:
-            TypeError, ValueError: wrong dtype, device or shape, NaN in z, an unknown solver or precision, negative
-                guidance.
+            TypeError, ValueError: wrong dtype, device or shape, NaN in z, an unknown solver or precision, a window
+                without "windowed", negative guidance, a policy for another number of blocks.
         """
         c, weight = self.config, self.blocks[0].proj_in.weight
-        solver = solvers.check_options(solver, window, tol)
+        asked = solvers.check_options(solver, window, tol)
         strength = solvers.Guidance(guidance, guide, anneal, attn_temp)
         check_decoding(precision, solvers.PRECISIONS, weight)
         check_kernels(weight)
@@ -257,7 +264,9 @@ class TarFlow(nn.Module):
             check_floats("z", z, (None, c.tokens, c.channels), weight)
             self._check_condition(y, context, z.shape[0])
             x = z * self.var.sqrt()
-            x, info = solvers.decode(self.blocks, x, y, context, strength, solver, certify=return_info)
+            condition = solvers.Condition(y, context, strength, precision)
+            plan = solvers.methods(asked, self.policy, len(self.blocks), x.device.type, x.shape[0], condition)
+            x, info = solvers.decode(self.blocks, x, condition, plan, tol, certify=return_info)
             x = unpatchify(x, c.patch_size)
         return (x, info) if return_info else x
 

@@ -1,0 +1,398 @@
+"""Policies: what is looked up, what a file keeps, what calibration chooses. Nothing here depends on real time."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from tiny import make_flow, make_reverse, noise
+
+import biflow
+from biflow import calibration, checkpoint, cli
+from biflow.solvers import Condition, Entry, Measurement, Method, Policy, methods
+
+
+def entry(batch=1, *, device="cpu", precision="fp32", guidance=0.0, window=None, blocks=2):
+    """Told apart by `window` in the tests."""
+    method = Measurement("sequential", None, 3, 1.5) if window is None else Measurement("windowed", window, 9, 0.5)
+    return Entry(device, "a machine", 2, precision, batch, guidance, (method,) * blocks)
+
+
+# --- lookup
+
+LOOKUPS = {
+    "the batch size itself": ([entry(1), entry(16, window=2)], (16, 0.0), 2),
+    "the nearest on a logarithmic scale": ([entry(1), entry(16, window=2)], (5, 0.0), 2),
+    "the nearest below": ([entry(1, window=2), entry(16)], (3, 0.0), 2),
+    "of two at the same distance the smaller": ([entry(4, window=2), entry(16)], (8, 0.0), 2),
+    "also where logarithms round": ([entry(16), entry(4, window=2), entry(9)], (6, 0.0), 2),
+    "beyond the largest": ([entry(1), entry(64, window=2)], (10**6, 0.0), 2),
+    "an empty batch": ([entry(1, window=2), entry(64)], (0, 0.0), 2),
+    "guided for guided, though farther": ([entry(16), entry(1, guidance=1.0, window=2)], (16, 3.0), 2),
+    "unguided for unguided, though farther": ([entry(16, guidance=1.0), entry(1, window=2)], (16, 0.0), 2),
+    "unguided for guided, if there is no other": ([entry(16, window=2)], (16, 3.0), 2),
+    "guided for unguided, if there is no other": ([entry(16, guidance=1.0, window=2)], (16, 0.0), 2),
+    "the nearest batch before the nearest guidance": (
+        [entry(1, guidance=2.0), entry(16, guidance=1.0, window=2)], (16, 2.0), 2,
+    ),
+    "the nearest guidance": ([entry(1, guidance=1.0), entry(1, guidance=3.0, window=2)], (1, 2.5), 2),
+    "another device": ([entry(1, device="cuda", window=2)], (1, 0.0), None),
+    "another precision": ([entry(1, precision="bf16", window=2)], (1, 0.0), None),
+    "nothing measured": ([], (1, 0.0), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("entries", "asked", "window"), LOOKUPS.values(), ids=LOOKUPS.keys())
+def test_lookup(entries, asked, window):
+    for order in (entries, entries[::-1]):
+        found = Policy(tuple(order)).choose("cpu", "fp32", *asked)
+        assert (found and found.blocks[0].window) == window
+
+
+def test_methods_of_a_decode():
+    policy = Policy((entry(16, window=2),))
+    condition = Condition()
+    assert methods(Method("jacobi"), policy, 2, "cpu", 16, condition) == (Method("jacobi"),) * 2
+    assert [m.window for m in methods(None, policy, 2, "cpu", 16, condition)] == [2, 2]
+    for other in (None, Policy(())):
+        assert methods(None, other, 2, "cpu", 16, condition) == (Method("sequential"),) * 2
+    assert methods(None, policy, 2, "cuda", 16, condition) == (Method("sequential"),) * 2
+
+
+def test_newer_entries_replace_those_of_the_same_situation():
+    old = Policy((entry(1), entry(16), entry(1, precision="bf16")))
+    new = old.replacing((entry(16, window=4), entry(1, guidance=1.0)))
+    assert len(new.entries) == 4
+    assert new.choose("cpu", "fp32", 16, 0.0).blocks[0].window == 4
+    assert new.choose("cpu", "bf16", 1, 0.0) == entry(1, precision="bf16")
+
+
+# --- files
+
+
+def good():
+    return Policy((entry(1), entry(16, window=8), entry(16, guidance=1.5))).to_mapping()
+
+
+def test_a_policy_is_json_and_back():
+    values = json.loads(json.dumps(good()))
+    assert Policy.from_mapping(values, 2).to_mapping() == good()
+    assert Policy.from_mapping({"entries": []}, 7) == Policy(())
+
+
+def _changed(*path, value=None, drop=False):
+    values = json.loads(json.dumps(good()))
+    node = values
+    for key in path[:-1]:
+        node = node[key]
+    if drop:
+        del node[path[-1]]
+    else:
+        node[path[-1]] = value
+    return values
+
+
+BLOCK = ("entries", 1, "blocks", 0)
+MALFORMED = {
+    "no mapping": ([1], "expected a mapping of fields, got list"),
+    "null": (None, "expected a mapping of fields, got NoneType"),
+    "no entries": ({}, "policy: missing field 'entries'"),
+    "entries of another kind": ({"entries": 3}, "policy.entries: expected"),
+    "unknown field": (_changed("entries", 0, "speed", value=1), "entries[0]: unknown field 'speed'"),
+    "missing field": (_changed("entries", 0, "batch", drop=True), "entries[0]: missing field 'batch'"),
+    "batch": (_changed("entries", 0, "batch", value=0), "entries[0]: batch: expected at least 1, got 0"),
+    "batch as text": (_changed("entries", 0, "batch", value="1"), "entries[0].batch: expected int, got str '1'"),
+    "precision": (_changed("entries", 0, "precision", value="fp8"), "precision: expected one of fp32, bf16, got 'fp8'"),
+    "device": (_changed("entries", 0, "device", value=""), "device: expected a device type"),
+    "guidance": (_changed("entries", 0, "guidance", value=-1.0), "guidance: expected a finite number >= 0, got -1"),
+    "solver": (
+        _changed(*BLOCK, "solver", value="auto"),
+        "blocks[0]: solver: expected one of sequential, jacobi, windowed, got 'auto'",
+    ),
+    "window": (_changed(*BLOCK, "window", value=0), "window: expected at least 1 token, got 0"),
+    "window of jacobi": (_changed(*BLOCK, "solver", value="jacobi"), "window: expected None with solver='jacobi'"),
+    "no window": (_changed(*BLOCK, "window", value=None), "window: expected an int, got NoneType None"),
+    "passes": (_changed(*BLOCK, "passes", value=-1), "passes: expected 0 or more, got -1"),
+    "ms": (_changed(*BLOCK, "ms", value=float("nan")), "ms: expected a finite number >= 0, got nan"),
+    "no blocks": (_changed("entries", 0, "blocks", value=[]), "blocks: expected a method for each block, got none"),
+    "uneven blocks": (
+        _changed("entries", 1, "blocks", value=good()["entries"][1]["blocks"][:1]),
+        "entries: expected 2 blocks in each, as in the first, got 1",
+    ),
+    "twice": (
+        _changed("entries", 0, "batch", value=16),
+        "expected one for each situation, got two for ('cpu', 'fp32', 16, 0.0)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "reason"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_policy_is_refused(values, reason, tmp_path, capsys):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        Policy.from_mapping(values, 2)
+    flow, path = make_flow(num_blocks=2), tmp_path / "m.safetensors"
+    checkpoint.write(path, "TarFlow", flow.state_dict(), checkpoint.to_mapping(flow.config), {"policy": values})
+    with pytest.raises(ValueError, match="expected a valid policy in the metadata; .*" + re.escape(reason)) as error:
+        biflow.load(path)
+    assert str(path) in str(error.value)
+    assert cli.main(["info", str(path)]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_policy_of_another_depth_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected methods of 3 blocks, as the model has, got 2"):
+        Policy.from_mapping(good(), 3)
+    flow, path = make_flow(num_blocks=3), tmp_path / "m.safetensors"
+    checkpoint.write(path, "TarFlow", flow.state_dict(), checkpoint.to_mapping(flow.config), {"policy": good()})
+    with pytest.raises(ValueError, match="expected methods of 3 blocks"):
+        biflow.load(path)
+    flow.policy = Policy.from_mapping(good(), 2)
+    with pytest.raises(ValueError, match="expected methods of 3 blocks"):
+        biflow.save(flow, path)
+
+
+def test_a_file_keeps_the_policy(tmp_path):
+    flow, path = make_flow(num_blocks=2), tmp_path / "m.safetensors"
+    biflow.save(flow, path, {"step": 3})
+    assert biflow.load(path).policy is None
+    assert checkpoint.describe(path)["metadata"] == {"step": 3}
+    flow.policy = Policy.from_mapping(good(), 2)
+    biflow.save(flow, path, {"step": 3})
+    loaded = biflow.load(path)
+    assert loaded.policy == flow.policy
+    assert checkpoint.describe(path)["metadata"] == {"step": 3, "policy": good()}
+    assert checkpoint.fingerprint(loaded) == checkpoint.fingerprint(make_flow(num_blocks=2))
+    assert torch.equal(loaded.decode(noise(flow)), flow.decode(noise(flow)))
+
+
+def test_save_refuses_other_policies(tmp_path):
+    flow = make_flow(num_blocks=2)
+    for model in (flow, make_reverse()):
+        with pytest.raises(
+            ValueError, match=re.escape("metadata: expected no 'policy', which is what model.policy is")
+        ):
+            biflow.save(model, tmp_path / "m", {"policy": good()})
+    flow.policy = good()
+    with pytest.raises(TypeError, match=r"policy: expected a solvers\.Policy or None, got dict"):
+        biflow.save(flow, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+# --- calibration
+
+
+class Machine:
+    """A clock, and solvers that take the time that `costs` says: seconds of (solver, window), or a list, run by run.
+
+    A candidate that is not named takes 100 s; `lost` ones fall back.
+    """
+
+    def __init__(self, monkeypatch, costs, lost=()):
+        self.now, self.costs, self.lost, self.runs, self.seen = 0.0, costs, lost, [], []
+        self.solve = calibration.solvers.solve
+        monkeypatch.setattr(calibration.solvers, "solve", self._solve)
+
+    def _solve(self, block, z, condition, method, tol):
+        key = (method.solver, method.window)
+        self.runs.append(key)
+        self.seen.append((block, z, condition, tol))
+        cost = self.costs.get(key, 100.0)
+        self.now += cost[min(self.runs.count(key) - 1, len(cost) - 1)] if isinstance(cost, list) else cost
+        x, passes, _ = self.solve(block, z, condition, Method("sequential"), tol)
+        return x, passes, (0,) if key in self.lost else ()
+
+    def calibrate(self, flow, **options):
+        options = {"batches": (2,), "repetitions": 3, **options}
+        return biflow.calibrate(flow, clock=lambda: self.now, **options)
+
+
+SEQUENTIAL, JACOBI, WINDOWED = ("sequential", None), ("jacobi", None), ("windowed", 16)
+LONG = {"img_size": 10, "num_blocks": 1}  # 25 tokens: windows of 16 only
+
+CHOICES = {
+    "the fastest": ({SEQUENTIAL: 10.0, JACOBI: 5.0, WINDOWED: 8.0}, (), JACOBI, 5.0),
+    "a window": ({SEQUENTIAL: 10.0, JACOBI: 9.0, WINDOWED: 8.0}, (), WINDOWED, 8.0),
+    "sequential, if nearly as fast": ({SEQUENTIAL: 10.4, JACOBI: 10.0, WINDOWED: 12.0}, (), SEQUENTIAL, 10.4),
+    "not sequential, if not": ({SEQUENTIAL: 10.6, JACOBI: 10.0, WINDOWED: 12.0}, (), JACOBI, 10.0),
+    "nothing that fell back": ({SEQUENTIAL: 10.0, JACOBI: 1.0, WINDOWED: 8.0}, [JACOBI], WINDOWED, 8.0),
+    "sequential, if all else fell back": ({SEQUENTIAL: 99.0, JACOBI: 1.0}, [JACOBI, WINDOWED], SEQUENTIAL, 99.0),
+    "by the median": ({SEQUENTIAL: 10.0, JACOBI: [9.0, 5.0, 50.0, 6.0]}, (), JACOBI, 6.0),
+    "not by the first run": ({SEQUENTIAL: [20.0, 5.0], JACOBI: [8.0, 8.0]}, (), SEQUENTIAL, 5.0),
+    "sequential hopeless": ({SEQUENTIAL: 31.0, JACOBI: 10.0}, (), JACOBI, 10.0),
+}
+
+
+@pytest.mark.parametrize(("costs", "lost", "wanted", "seconds"), CHOICES.values(), ids=CHOICES.keys())
+def test_calibration_chooses(costs, lost, wanted, seconds, monkeypatch):
+    # the first sequential run packs the weights and is not timed
+    costs = {k: [0.0, *v] if k == SEQUENTIAL and isinstance(v, list) else v for k, v in costs.items()}
+    flow = make_flow(**LONG)
+    policy = Machine(monkeypatch, costs, lost).calibrate(flow)
+    (found,) = policy.entries[0].blocks
+    assert (found.solver, found.window) == wanted
+    assert found.ms == pytest.approx(1e3 * seconds)
+    assert found.passes == 24
+    assert flow.policy is policy
+
+
+def test_candidates_take_turns_and_hopeless_ones_have_one():
+    with pytest.MonkeyPatch.context() as patch:
+        machine = Machine(patch, {SEQUENTIAL: 10.0, JACOBI: 9.0, WINDOWED: 28.0})
+        machine.calibrate(make_flow(**LONG))
+    assert machine.runs == [SEQUENTIAL, SEQUENTIAL, JACOBI, WINDOWED] + [SEQUENTIAL, JACOBI] * 3
+
+
+def test_windows_are_shorter_than_the_block(monkeypatch):
+    for size, windows in ((8, []), (10, [16]), (16, [16, 32]), (24, [16, 32, 64, 128])):
+        machine = Machine(monkeypatch, {})
+        machine.calibrate(make_flow(img_size=size, num_blocks=1), repetitions=1)
+        assert sorted({w for _, w in machine.runs if w}) == windows
+        monkeypatch.undo()
+
+
+def test_blocks_are_measured_on_what_they_get(monkeypatch):
+    """In decode order, each on the exact output of the one before; labels and guidance reach them."""
+    flow = make_flow(num_classes=3, **{**LONG, "num_blocks": 2})
+    machine = Machine(monkeypatch, {SEQUENTIAL: 1.0})
+    policy = machine.calibrate(flow, batches=(4,), guidances=(1.5,), repetitions=1, seed=3, tol=1e-4)
+    z = torch.randn(4, 25, 4, generator=torch.Generator().manual_seed(3))
+    condition = machine.seen[0][2]
+    assert condition.y.tolist() == [0, 1, 2, 0]
+    assert condition.guidance.scale == 1.5
+    first, second = flow.blocks[1], flow.blocks[0]
+    for block, given, _, tol in machine.seen:
+        assert tol == 1e-4
+        x = z * flow.var.sqrt()
+        assert torch.equal(given, x if block is first else first.decode_sequential(x, condition))
+    assert {id(block) for block, *_ in machine.seen} == {id(first), id(second)}
+    assert (policy.entries[0].batch, policy.entries[0].guidance) == (4, 1.5)
+
+
+def test_calibration_adds_to_what_is_known(monkeypatch):
+    flow = make_flow(num_classes=3, **LONG)
+    machine = Machine(monkeypatch, {JACOBI: 1.0})
+    flow.policy = Policy((entry(1, device="cuda", blocks=1), entry(2, blocks=1), entry(64, blocks=1)))
+    machine.calibrate(flow, batches=(2, 4, 2), guidances=(0.0, 1.0), repetitions=1)
+    assert [(e.device, e.batch, e.guidance) for e in flow.policy.entries] == [
+        ("cpu", 2, 0.0), ("cpu", 2, 1.0), ("cpu", 4, 0.0), ("cpu", 4, 1.0), ("cpu", 64, 0.0), ("cuda", 1, 0.0),
+    ]  # fmt: skip
+    found = flow.policy.choose("cpu", "fp32", 2, 0.0)
+    assert found.blocks[0].solver == "jacobi"
+    assert (found.threads, found.precision) == (torch.get_num_threads(), "fp32")
+    assert found.name
+
+
+def test_a_calibrated_flow_decodes_as_exactly():
+    """Real solvers, real time: whatever they choose."""
+    flow = make_flow(num_classes=3, context_dim=5, **{**LONG, "num_blocks": 2})
+    biflow.calibrate(flow, batches=(1, 3), guidances=(0.0, 1.0), repetitions=1)
+    z, y, context = noise(flow), torch.tensor([0, 1, 2, -1]), torch.randn(4, 3, 5)
+    for guidance in (0.0, 1.0):
+        x, info = flow.decode(z, y, context, guidance=guidance, return_info=True)
+        assert info.residual.max() <= 2e-5
+        assert (x - flow.decode(z, y, context, guidance=guidance, solver="sequential")).abs().max() <= 1e-4
+        chosen = flow.policy.choose("cpu", "fp32", 4, guidance)
+        assert chosen.batch == 3
+        assert info.solver == tuple(m.solver for m in chosen.blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batches": ()}, ValueError, "batches: expected at least one, got none"),
+        ({"batches": (0,)}, ValueError, "batches: expected at least 1, got 0"),
+        ({"batches": (1.0,)}, TypeError, "batches: expected an int, got float 1.0"),
+        ({"repetitions": 0}, ValueError, "repetitions: expected at least 1, got 0"),
+        ({"precisions": ("fp8",)}, ValueError, "precision: expected one of fp32, got 'fp8'"),
+        ({"precisions": ()}, ValueError, "expected at least one of each, got none"),
+        ({"guidances": ()}, ValueError, "expected at least one of each, got none"),
+        ({"guidances": (-1.0,)}, ValueError, "guidance: expected a finite number >= 0, got -1"),
+        ({"guidances": (1.0,)}, ValueError, "guidances: expected 0 for a model without classes and context"),
+        ({"tol": 0.0}, ValueError, "tol: expected a finite number > 0, got 0"),
+    ],
+)
+def test_calibration_refuses(options, error, message):
+    flow = make_flow()
+    with pytest.raises(error, match=re.escape(message)):
+        biflow.calibrate(flow, **options)
+    assert flow.policy is None
+
+
+def test_calibration_refuses_other_models():
+    with pytest.raises(TypeError, match="flow: expected a TarFlow, got BiFlow"):
+        biflow.calibrate(make_reverse())
+    with pytest.raises(TypeError, match=r"expected a model of torch\.float32 weights"):
+        biflow.calibrate(make_flow(dtype=torch.float64))
+
+
+# --- the command
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "m.safetensors"
+    biflow.save(make_flow(num_classes=3, **LONG), path, {"step": 3})
+    return path
+
+
+def test_the_command_writes_into_the_file(model, capsys):
+    before = biflow.load(model)
+    line = ["calibrate", str(model), "--batches", "1,2", "--repetitions", "1"]
+    assert cli.main([*line, "--guidance", "0", "--guidance", "1"]) == 0
+    captured = capsys.readouterr()
+    after = biflow.load(model)
+    assert [(e.batch, e.guidance) for e in after.policy.entries] == [(1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0)]
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
+    )
+    assert checkpoint.describe(model)["metadata"]["step"] == 3
+    rows = captured.out.splitlines()
+    assert rows[0].split() == ["device", "precision", "batch", "guidance", "block", "solver", "window", "passes", "ms"]
+    assert [row.split()[:5] for row in rows[1:5]] == [
+        ["cpu", "fp32", "1", "0", "0"], ["cpu", "fp32", "1", "1", "0"],
+        ["cpu", "fp32", "2", "0", "0"], ["cpu", "fp32", "2", "1", "0"],
+    ]  # fmt: skip
+    assert rows[5:] == [f"{model}: calibrated"]
+    assert "calibrate: 100%" in captured.err
+    assert cli.main(["info", str(model)]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert found["metadata"] == {"step": 3}
+    assert [(e["batch"], len(e["blocks"])) for e in found["policy"]] == [(1, 1), (1, 1), (2, 1), (2, 1)]
+    assert re.fullmatch(r"(sequential|jacobi|windowed 16), \d+ passes, [\d.e+-]+ ms", found["policy"][0]["blocks"][0])
+    assert cli.main([*line, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert len(biflow.load(model).policy.entries) == 4, "calibrated again, with the guided ones kept"
+
+
+def test_the_command_writes_elsewhere(model, tmp_path):
+    before = model.read_bytes()
+    out = tmp_path / "other.safetensors"
+    line = ["calibrate", str(model), "--batches", "1", "--precision", "fp32", "--repetitions", "1", "--quiet"]
+    assert cli.main([*line, "--out", str(out)]) == 0
+    assert model.read_bytes() == before
+    assert len(biflow.load(out).policy.entries) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--batches 1,many", "--batches: expected numbers separated by commas, got '1,many'"),
+        ("--batches 0", "batches: expected at least 1, got 0"),
+        ("--precision fp32,fp8", "precision: expected one of fp32, got 'fp8'"),
+        ("--guidance=-1", "guidance: expected a finite number >= 0, got -1"),
+        ("--tol 0", "tol: expected a finite number > 0, got 0"),
+        ("--out nowhere/m.safetensors", "--out: expected an existing folder, got nowhere"),
+    ],
+)
+def test_the_command_refuses(options, message, model, capsys):
+    before = model.read_bytes()
+    assert cli.main(["calibrate", str(model), *options.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert model.read_bytes() == before
+
+
+def test_the_command_takes_flows_only(tmp_path, capsys):
+    biflow.save(make_reverse(), tmp_path / "m.safetensors")
+    assert cli.main(["calibrate", str(tmp_path / "m.safetensors")]) == 2
+    assert "expected a TarFlow, got a BiFlow" in capsys.readouterr().err
