@@ -1,6 +1,8 @@
 """One block of a TarFlow: a causal transformer that writes the affine parameters of each token."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,9 @@ class Block(nn.Module):
         self.proj_out = nn.Linear(c.width, c.channels if c.shift_only else 2 * c.channels)
         nn.init.zeros_(self.proj_out.weight)  # the flow starts as the identity
         nn.init.zeros_(self.proj_out.bias)
-        self._packed: tuple[int, ops.BlockWeights] | None = None  # key of the weights, packed weights
+        self._packed: dict[str, ops.BlockWeights] = {}  # by precision, of the weights whose key is
+        self._packed_key: int | None = None
+        self._frozen = False
 
     @property
     def causal(self) -> bool:
@@ -100,10 +104,6 @@ class Block(nn.Module):
         """z (B,N,D) in x's dtype and logdet (B,) of x under raw parameters, both the first N tokens in block order."""
         return ops.affine_encode(x, self._both_halves(raw), **self._affine_options())
 
-    def affine_inverse(self, z: Tensor, raw: Tensor) -> Tensor:
-        """x (B,N,D) with `affine(x, raw)` = z."""
-        return ops.affine_decode(z, self._both_halves(raw), **self._affine_options())
-
     def _both_halves(self, raw: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(raw), raw], dim=-1) if self.config.shift_only else raw  # exp(0) = 1
 
@@ -134,11 +134,13 @@ class Block(nn.Module):
         halves = halves[1:] if c.shift_only else halves
         return raw + weight * halves.repeat_interleave(c.channels) * (raw - other)
 
-    def packed(self) -> ops.BlockWeights:
-        """The weights as `ops.decode_block` reads them; packed again when their values changed, by whatever way.
+    def packed(self, precision: str = "fp32") -> ops.BlockWeights:
+        """The weights as the ops read them, in a precision; packed again when their values changed, by whatever way.
 
-        torch.compile breaks its graph here: a graph could not tell whether they changed.
+        Inside `frozen` nobody looks whether they did. torch.compile breaks its graph here: a graph could not tell.
         """
+        if self._frozen and precision in self._packed:
+            return self._packed[precision]
         check_device("decode: weights", self.proj_in.weight)
         # one walk over the modules: parameters() and buffers() would be two, on the path of every decode
         modules: list[nn.Module] = [self]
@@ -147,11 +149,38 @@ class Block(nn.Module):
             modules += [m for m in module._modules.values() if m is not None]
             tensors += [*module._parameters.values(), *module._buffers.values()]
         key = weights_key([t for t in tensors if t is not None])
-        if self._packed is None or self._packed[0] != key:
+        if key != self._packed_key:
+            self._packed, self._packed_key = {}, key
+        if precision not in self._packed:
             named = [*self.named_parameters(), *self.named_buffers()]
             weights = {k: v.detach() for k, v in named if not k.startswith(("context_proj", "null_context"))}
-            self._packed = (key, ops.pack_block(weights, self.config))
-        return self._packed[1]
+            self._packed[precision] = ops.pack_block(weights, self.config, precision)
+        return self._packed[precision]
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, the weights must not change: they are looked at once for each precision, not on every call."""
+        before = self._frozen
+        if not before:
+            self._packed = {}  # what changed since the last call is seen
+        self._frozen = True
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    def _condition(self, condition: Condition, batch: int) -> dict:
+        """The condition as the ops of a packed block take it."""
+        prefix, guidance = self.project_context(condition.context, batch), condition.guidance
+        return {
+            "y": condition.y,
+            "context": prefix,
+            "null_context": None if prefix is None else self.null_context.expand(prefix.shape[1], -1),
+            "guidance": guidance.scale,
+            "guide": guidance.guide,
+            "anneal": guidance.anneal,
+            "attn_temp": guidance.attn_temp,
+        }
 
     @property
     def tokens(self) -> int:
@@ -165,19 +194,8 @@ class Block(nn.Module):
 
     def decode_sequential(self, z: Tensor, condition: Condition) -> Tensor:
         """The exact inverse, token by token: z (B,T,D) in data order -> x (B,T,D) in data order."""
-        prefix, guidance = self.project_context(condition.context, z.shape[0]), condition.guidance
-        return ops.decode_block(
-            z,
-            self.packed(),
-            self.config,
-            y=condition.y,
-            context=prefix,
-            null_context=None if prefix is None else self.null_context.expand(prefix.shape[1], -1),
-            guidance=guidance.scale,
-            guide=guidance.guide,
-            anneal=guidance.anneal,
-            attn_temp=guidance.attn_temp,
-        )
+        given = self._condition(condition, z.shape[0])
+        return ops.decode_block(z, self.packed(condition.precision), self.config, **given)
 
     def residual(self, x: Tensor, z: Tensor, condition: Condition) -> Tensor:
         """max |G(x) - z| over tokens and channels, (B,): how far x is from the inverse of z. Both in data order."""
@@ -188,11 +206,11 @@ class Block(nn.Module):
 
     def iterate(self, z: Tensor, condition: Condition) -> BlockIterate:
         """The fixed-point iteration towards the inverse of z (B,T,D), in data order."""
-        return BlockIterate(self, z, condition)
+        return BlockIterate(self.packed(condition.precision), z, self._condition(condition, z.shape[0]))
 
     def _apply(self, fn, recurse=True):  # .to(), .cuda(), .double(): do not keep the old weights alive
-        self._packed = None
+        self._packed, self._packed_key = {}, None
         return super()._apply(fn, recurse)
 
     def __getstate__(self):  # packed weights are a cache: not copied, not saved
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_packed": {}, "_packed_key": None, "_frozen": False}

@@ -5,7 +5,9 @@ successors use: a learned start token, clipped parameters and softplus scales (S
 positions, RMSNorm, SwiGLU, QK-norm and in-context class tokens (BiFlow, arXiv 2512.10953).
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -240,7 +242,9 @@ class TarFlow(nn.Module):
             guide: which parameters are guided: "a" (scale), "b" (shift) or "ab".
             anneal: w = g t / max(T - 1, 1) for the token of index t in block order; False: w = g.
             attn_temp: divides the attention logits of the unconditional pass; what guidance uses without classes.
-            precision: "fp32", also inside torch.autocast.
+            precision: "fp32", or "bf16": weights, activations that they multiply, keys and values are rounded to bf16,
+                sums, parameters and x stay fp32; x is then off by about 1e-2 (docs/results.md). The same inside
+                torch.autocast.
             tol: tolerance of the iterative solvers, for the last update and the residual of each value v, both
                 relative to max(1, |v|). In precision "bf16" those below 1e-3 count as 1e-3. Samples that do not get
                 there in time, because the coupling of their tokens is too strong or because tol is below rounding,
@@ -269,6 +273,18 @@ class TarFlow(nn.Module):
             x, info = solvers.decode(self.blocks, x, condition, plan, tol, certify=return_info)
             x = unpatchify(x, c.patch_size)
         return (x, info) if return_info else x
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Many decodes with the same weights: `with flow.frozen(): ...`.
+
+        Outside, every decode looks whether a weight has changed since it was packed, by whatever way (a hash of all
+        weights: as long as a step or two of the decode). Inside it looks once; weights must not change.
+        """
+        with contextlib.ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(block.frozen())
+            yield
 
     def sample(
         self,

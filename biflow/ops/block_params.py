@@ -37,10 +37,10 @@ def block_params(
     start token), so the affine ops take it with causal=False. Each sample's result is bitwise the same in any batch and
     for any number of threads.
 
-    x: (B, T, D) float32 in data order. weights, config, y, context, null_context, guidance, guide, anneal, attn_temp: as
-    in `decode_block`; guided parameters are mixed before clip and scale map.
-    Returns (B, T, 2D) float32, (B, T, D) with shift_only, in data order, in the layout of the config. No gradient: train
-    through the model.
+    x: (B, T, D) float32 in data order. weights, config, y, context, null_context, guidance, guide, anneal, attn_temp:
+    as in `decode_block`; guided parameters are mixed before clip and scale map.
+    Returns (B, T, 2D) float32, (B, T, D) with shift_only, in data order, in the layout of the config. No gradient:
+    train through the model.
     Raises TypeError for wrong types and dtypes, ValueError for wrong shapes, options and devices, RuntimeError where a
     gradient is wanted.
 
@@ -103,7 +103,7 @@ class BlockWindows:
         self.raw = torch.zeros(batch, config.tokens, _raw_columns(config))  # in data order; what calls write
 
     def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """`raw`, (B, T, 2D) or (B, T, D), with the rows of the window written; x (B, T, D) contiguous, in data order."""
+        """`raw`, (B, T, 2D) or (B, T, D), its window written; x (B, T, D) contiguous, in data order."""
         check_buffer("x", x, (self.raw.shape[0], self.config.tokens, self.config.channels), ())
         torch.ops.biflow.block_params_(
             x, self._weights.packed, *self._given.tensors, self.raw, self._cache, start=start, stop=stop,

@@ -36,7 +36,7 @@ def jacobi_update_(
     """x = z sigma(clip a) + clip b for the tokens start <= n < stop in block order, from raw parameters, in place.
 
     With G(x) = (x - b) / sigma of the x before the step, moved becomes, per sample, over the window's tokens and
-    channels: row 0 max |x_new - x| / max(1, |x_new|), row 1 max |G(x) - z| / max(1, |z|); both NaN where anything is NaN
+    channels: row 0 max |x_new - x| / max(1, |x_new|), row 1 max |G(x) - z| / max(1, |z|); both NaN where one is NaN
     or infinite. A fixed point has both at 0.
 
     x, z: (B, T, D) float32 in data order. raw: (B, T, 2D), or (B, T, D) with shift_only (sigma = 1): row n belongs to

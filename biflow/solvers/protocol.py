@@ -10,7 +10,7 @@ from torch import Tensor
 from biflow.config import check_fields, check_number
 
 SOLVERS = ("sequential", "jacobi", "windowed", "auto")
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "bf16")
 WINDOW = 16  # tokens a window, unless told otherwise: the fewest for which the pass that confirms a window is no waste
 # The least tolerance that each precision can meet: bf16 parameters are off by about 2^-9, and more after a scale map.
 TOL_FLOORS = {"fp32": 0.0, "bf16": 1e-3}
@@ -76,7 +76,7 @@ class Iterate(Protocol):
         left alone elsewhere.
 
         Row 0: max |x_new - x_old| / max(1, |x_new|) over these tokens and their channels. Row 1: max |G(x_old) - z| /
-        max(1, |z|) with the same raw. NaN where one of them is not finite.
+        max(1, |z|) with the same raw. NaN where one of them is not finite. The next pass may overwrite the result.
         """
 
 
