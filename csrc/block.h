@@ -94,9 +94,9 @@ struct CacheShape {
         pairs(s.precision == Precision::bf16) {}
 
   int key_words() const { return pairs ? d / 2 : d; }  // of a token
-  int64_t padded_tokens() const { return round_up(tokens, kKeyBlock); }
+  int64_t padded_tokens() const { return round_up(tokens, pairs ? kTileDepth : kKeyBlock); }
   int64_t keys_size() const { return padded_tokens() * key_words(); }
-  int64_t size() const { return keys_size() + static_cast<int64_t>(pairs ? (tokens + 1) / 2 : tokens) * d_padded; }
+  int64_t size() const { return keys_size() + (pairs ? padded_tokens() / 2 : tokens) * d_padded; }
 };
 
 // ---- What a pass is conditioned on, and the second pass of guidance.

@@ -99,7 +99,7 @@ class BlockWindows:
             head_dim=config.head_dim,
             precision=weights.precision,
         )
-        self._cache = torch.empty(batch * self._given.passes, words)
+        self._cache = torch.zeros(batch * self._given.passes, words)
         self.raw = torch.zeros(batch, config.tokens, _raw_columns(config))  # in data order; what calls write
 
     def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:

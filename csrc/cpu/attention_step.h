@@ -134,6 +134,34 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
   }
 }
 
+// Attention of the queries of one sequence and head, one after the other.
+template <bool kPairs, class Value>
+class VectorAttention {
+ public:
+  static constexpr bool kWholeTiles = false;  // reads the cache of tokens that there are
+
+  static int64_t scratch(const CacheShape& c) { return c.padded_tokens(); }  // floats
+
+  explicit VectorAttention(const CacheShape& c) : c_(c) {}
+
+  // Query i < count has its d channels at q + i * q_stride and attends to the tokens before first + i + 1; its result
+  // goes to out + i * out_stride. Fetches the same places of `next`, the cache that is read after this one.
+  void attend_all(const float* cache, const float* next, int first, int count, const float* q, int64_t q_stride,
+                  float scale, float* scratch, Value* out, int64_t out_stride) const {
+    alignas(64) float result[kLargestHead];
+    for (int i = 0; i < count; ++i, out += out_stride) {
+      attend<kPairs>(c_, cache, i + 1 < count ? cache : next, first + i + 1, q + i * q_stride, scale, scratch, result);
+      int c = 0;
+      for (; c + kLanes <= c_.d; c += kLanes) store(out + c, load(result + c));
+      if (c < c_.d) store_partial(out + c, load(result + c), c_.d - c);
+    }
+  }
+
+ private:
+  static constexpr int kLargestHead = 256;
+  const CacheShape& c_;
+};
+
 // Rotates the pairs (2i, 2i + 1) of x[d] by the angles whose cosines and sines are given, [d / 2] each.
 inline void rotate(float* x, const float* cosine, const float* sine, int d) {
   for (int i = 0; i < d / 2; ++i) {

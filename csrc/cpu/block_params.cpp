@@ -62,7 +62,7 @@ class Pass {
   const BlockParamsParams& p_;
   const Evaluated evaluated_;
   Member& member_;
-  Transformer<P> transformer_;
+  Transformer<P, typename PassAttention<P>::type> transformer_;
   const int64_t used_;
 };
 

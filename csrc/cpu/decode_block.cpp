@@ -66,7 +66,7 @@ class Decoder {
   const BlockShape& shape_;
   Member& member_;
   float* affine_row_;  // [member][scale, shift][D]
-  Transformer<P> transformer_;
+  Transformer<P, StepAttention<P>> transformer_;
   const int64_t used_;
 };
 

@@ -10,6 +10,10 @@ namespace biflow::cpu::BIFLOW_ISA {
 
 #ifdef __AMX_BF16__
 
+// The intrinsics that load tiles and their configuration do not tell the compiler what memory they read: what was
+// written for them must be there before.
+inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
 struct Bf16 {
   using Value = bf16;
   static constexpr bool kPairs = true;
@@ -19,8 +23,14 @@ struct Bf16 {
   // Configures the tiles of the calling thread and gives it back the configuration it had.
   class Session {
    public:
-    Session() { _tile_storeconfig(&before_); }
-    ~Session() { _tile_loadconfig(&before_); }
+    Session() {
+      _tile_storeconfig(&before_);
+      finish_stores();
+    }
+    ~Session() {
+      finish_stores();
+      _tile_loadconfig(&before_);
+    }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
 
@@ -34,6 +44,7 @@ struct Bf16 {
         c.row_bytes[i] = 64;
         c.rows[i] = static_cast<uint8_t>(i >= 6 ? kRows : height);
       }
+      finish_stores();
       _tile_loadconfig(&c);
     }
 
@@ -54,6 +65,7 @@ struct Bf16 {
     const int64_t row_bytes = x_stride * 2, steps = round_up(at.in, kTileDepth) / kTileDepth;
     alignas(64) float values[2 * kRows * kTileColumns];
     int c = first;
+    finish_stores();
     if (rows <= kRows)  // one tile of rows by four of columns
       for (; c + 2 * kTileColumns <= last; c += 2 * kTileColumns) {
         const float *w = packed + at.weight + c / kColumnGroup * words, *bias = packed + at.bias + c;
@@ -79,6 +91,7 @@ struct Bf16 {
         _tile_stored(3, values + 48, kStride * 4);
         sink(0, rows, c, kStride, values, kStride);
       }
+    const int blocks = (rows + 2 * kRows - 1) / (2 * kRows);
     for (; c < last; c += kTileColumns) {
       const float* weight = packed + at.weight + c / kColumnGroup * words;
       const float* bias = packed + at.bias + c;
@@ -95,7 +108,7 @@ struct Bf16 {
             _tile_loadd(4, x0 + k * kTileDepth, row_bytes);
             _tile_loadd(6, w, 64);
             _tile_loadd(7, w + words, 64);
-            if (r == 0) fetch(w + 2 * words);
+            fetch(w + 2 * words, r / (2 * kRows), blocks);
             _tile_loadd(5, x1 + k * kTileDepth, row_bytes);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
@@ -121,9 +134,11 @@ struct Bf16 {
   }
 
  private:
-  // The tiles of the next columns, while these are multiplied with many rows.
-  static void fetch(const float* w) {
-    for (int i = 0; i < 2 * kStep; i += 16) __builtin_prefetch(w + i, 0, 2);
+  // Two tiles of the next columns: the share of row block `block` of `blocks`, so that memory is read all the time.
+  static void fetch(const float* w, int block, int blocks) {
+    const int64_t lines = 2 * kStep / 16;
+    for (int64_t i = lines * block / blocks; i < lines * (block + 1) / blocks; ++i)
+      __builtin_prefetch(w + 16 * i, 0, 2);
   }
 
   static constexpr int64_t kStep = kTileDepth / 2 * kColumnGroup;  // words of a tile of weights

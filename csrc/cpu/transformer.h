@@ -10,6 +10,7 @@
 #include "affine.h"
 #include "cpu/activations.h"
 #include "cpu/attention_step.h"
+#include "cpu/attention_tiles.h"
 #include "cpu/crew.h"
 #include "cpu/linear.h"
 #include "cpu/linear_bf16.h"
@@ -36,7 +37,23 @@ class Scratch {
 constexpr int kFewRows = 4;       // so few rows every member normalises for itself
 constexpr int kPrefillRows = 48;  // prefix tokens go through the layers in groups of about so many rows
 
+// One query after the other: the fastest for one.
 template <class P>
+using StepAttention = VectorAttention<P::kPairs, typename P::Value>;
+
+// For many queries of a sequence.
+template <class P>
+struct PassAttention {
+  using type = StepAttention<P>;
+};
+#ifdef __AMX_BF16__
+template <>
+struct PassAttention<Bf16> {
+  using type = TileAttention;
+};
+#endif
+
+template <class P, class Attention>
 class Transformer {
  public:
   using Value = typename P::Value;
@@ -66,7 +83,7 @@ class Transformer {
     raw_ = scratch.take<float>(rows * raw_width_);
     values_ = scratch.take<Value>(rows * (2 * width_ + hidden_width_));
     few_ = scratch.take<Value>(member.count() * kFewRows * width_);
-    scores_width_ = cache_.padded_tokens();
+    scores_width_ = Attention::scratch(cache_);
     scores_ = scratch.take<float>(member.count() * scores_width_);
     own_caches_ = caches ? nullptr : scratch.take<float>(sequences * caches_size());
     y_ = values_, attended_ = y_ + rows * width_, hidden_ = attended_ + rows * width_;
@@ -91,6 +108,11 @@ class Transformer {
     first_ = first;
     samples_ = static_cast<int>(samples);
     sequences_ = samples_ * (condition_.guided ? 2 : 1);
+    if (Attention::kWholeTiles && own_caches_)  // tiles are multiplied whole, with weight 0 where there is no token yet
+      member_.phase([&](int part) {
+        const int64_t size = sequences_ * caches_size(), members = member_.count();
+        std::fill(own_caches_ + size * part / members, own_caches_ + size * (part + 1) / members, 0.f);
+      });
   }
 
   // Keys and values of the prefix.
@@ -165,9 +187,11 @@ class Transformer {
       const int heads = s_.heads(), members = member_.count();
       const auto attend_units = [&](int first, int last, int unit_heads, int first_head) {
         const auto at = [&](int u) { return cache(j, u / unit_heads, first_head + u % unit_heads); };
+        session_.rows(count);
         for (int u = first; u < last; ++u)
           attention(layer, u / unit_heads, first_head + u % unit_heads, at(u), at(u + 1 < last ? u + 1 : u), position,
                     count, tokens, keys_only);
+        session_.rows(rows);
       };
       if (heads % members == 0 && s_.head_dim % kTileColumns == 0) {  // each member has its own heads
         const int own = heads / members, columns = own * s_.head_dim;
@@ -332,19 +356,10 @@ class Transformer {
       append<P::kPairs>(cache_, memory, position + i, k, v);
     }
     if (keys_only) return;
-    alignas(64) float out[kLargestHead];
-    float* scores = scores_ + member_.me() * scores_width_;
-    for (int i = 0; i < count; ++i) {
-      attend<P::kPairs>(cache_, memory, i + 1 < count ? memory : next, position + i + 1, rows + i * qkv_width_, scale,
-                        scores, out);
-      Value* to = attended_ + (static_cast<int64_t>(sequence) * count + i) * width_ + head * d;
-      int c = 0;
-      for (; c + kLanes <= d; c += kLanes) store(to + c, load(out + c));
-      if (c < d) store_partial(to + c, load(out + c), d - c);
-    }
+    Attention(cache_).attend_all(memory, next, position, count, rows, qkv_width_, scale,
+                                 scores_ + member_.me() * scores_width_,
+                                 attended_ + static_cast<int64_t>(sequence) * count * width_ + head * d, width_);
   }
-
-  static constexpr int kLargestHead = 256;
 
   const BlockShape& s_;
   const BlockCondition& condition_;
