@@ -51,16 +51,18 @@ def _commit() -> str:
     return out.stdout.strip()
 
 
-def interleaved(
+def turns(
     functions: dict[str, Callable[[], object]], rounds: int = 7, sample_s: float = 0.02
-) -> dict[str, float]:
-    """Median seconds per call of each function, measured in turns A B A B, so that a slow moment hits all alike.
+) -> dict[str, list[float]]:
+    """Seconds per call of each function, one number a turn, measured in turns A B A B, so that a slow moment hits all.
 
     Each turn repeats its function for about `sample_s` seconds; what falls out of the cache in between is refilled by
     one call that is not counted. If a call takes more than a second, three turns without that call must do.
     """
-    seconds = {name: min(_seconds(f), _seconds(f)) for name, f in functions.items()}
+    seconds = {name: _seconds(f) for name, f in functions.items()}
     slow = max(seconds.values()) > 1
+    if not slow:  # the first call may have built something
+        seconds = {name: min(seconds[name], _seconds(f)) for name, f in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(min(rounds, 3) if slow else rounds):
         for name, f in functions.items():
@@ -68,7 +70,19 @@ def interleaved(
                 f()
             repeats = max(1, round(sample_s / max(seconds[name], 1e-7)))
             times[name].append(_seconds(f, repeats))
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], rounds: int = 7, sample_s: float = 0.02
+) -> dict[str, float]:
+    """Median seconds per call of each function, over `turns`."""
+    return {name: statistics.median(t) for name, t in turns(functions, rounds, sample_s).items()}
+
+
+def ratio(times: list[float], base: list[float]) -> float:
+    """How many times faster than `base`: the median of the ratios within each turn, which drift of the machine spares."""
+    return statistics.median(b / t for t, b in zip(times, base, strict=True))
 
 
 def _seconds(f: Callable[[], object], repeats: int = 1) -> float:
@@ -98,11 +112,11 @@ def copy_function(bytes_moved: int) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def write_json(path: str | Path, rows: list[dict]) -> None:
-    """Machine information and the rows of a benchmark."""
+def write_json(path: str | Path, rows: list[dict], **sections: object) -> None:
+    """Machine information, further sections and the rows of a benchmark."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine_info(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine_info(), **sections, "rows": rows}, indent=1) + "\n")
 
 
 def table(rows: list[dict]) -> list[str]:
