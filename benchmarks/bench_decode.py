@@ -297,7 +297,8 @@ def check(
         bound = max(bound, AMPLIFIED * reference.rounding)
     if not got <= bound:  # NaN too
         raise RuntimeError(
-            f"{who}: expected a {what} of at most {bound:.3g} against {reference.kind}, got {got:.3g}; no time is reported"
+            f"{who}: expected a {what} of at most {bound:.3g} against {reference.kind}, got {got:.3g}; no time is "
+            "reported"
         )
     return {"max_error": largest, "rms_error": rms, "error_against": reference.kind}
 

@@ -134,7 +134,9 @@ def _together(way: Callable, share: int, threads: int, seconds: float) -> float:
     return sum(rates)
 
 
-def gemm_rate(dtype: torch.dtype, seconds: float = 0.1, shapes: list[tuple[int, int, int]] = SHAPES) -> tuple[float, str]:
+def gemm_rate(
+    dtype: torch.dtype, seconds: float = 0.1, shapes: list[tuple[int, int, int]] = SHAPES
+) -> tuple[float, str]:
     """FLOP/s of x (rows, in) times w (out, in) transposed, the best of `shapes`; and that shape."""
     best, how = 0.0, ""
     for rows, into, out in shapes:

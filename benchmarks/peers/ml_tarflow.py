@@ -28,8 +28,7 @@ def load(path: str | Path) -> ModuleType:
     source = root / f"{MODULE}.py"
     if not source.is_file():
         raise FileNotFoundError(
-            f"peer ml-tarflow: expected a checkout of github.com/apple/ml-tarflow, got {root}, "
-            f"which has no {MODULE}.py"
+            f"peer ml-tarflow: expected a checkout of github.com/apple/ml-tarflow, got {root}, which has no {MODULE}.py"
         )
     name = f"_peer_{MODULE}"
     spec = importlib.util.spec_from_file_location(name, source)
