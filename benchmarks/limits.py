@@ -6,6 +6,8 @@ vector-matrix product. The rates of threads that run at the same time are added;
 the rate at which weights can come from whichever cache holds a set of that size.
 
 GEMM rate: `x @ w.T` of torch on its own threads, the best of a few shapes.
+
+A limit is what the machine could do, so of two measurements the better one counts: see `best`.
 """
 
 import math
@@ -20,14 +22,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Precision:
-    """bytes: of one weight. gemm: the rates that bound its arithmetic, the best counts."""
+    """bytes: of one weight. gemm: the limits that bound its arithmetic, the best counts."""
 
     bytes: int
     gemm: tuple[str, ...]
 
 
 # bf16 weights may also be widened and multiplied as fp32 where a machine's bf16 products are slow
-PRECISIONS = {"fp32": Precision(4, ("fp32",)), "bf16": Precision(2, ("bf16", "fp32"))}
+PRECISIONS = {"fp32": Precision(4, ("fp32 GEMM",)), "bf16": Precision(2, ("bf16 GEMM", "fp32 GEMM"))}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = [(512, 768, 3072), (1024, 1024, 1024), (2048, 2048, 2048)]  # (rows, in, out)
 CALL_BYTES = 16e6  # read by one call
@@ -36,36 +38,42 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Limits:
-    """Measured limits. read: bytes of a working set -> bytes/s of all threads; gemm: "fp32", "bf16" -> FLOP/s."""
+    """Measured limits: a row per working set and number of threads ("mb", "gb_s"), and per GEMM ("gflop_s")."""
 
-    read: dict[int, float]
-    gemm: dict[str, float]
     rows: list[dict]
 
     def step_seconds(self, weight_bytes: int, flops: float, precision: str) -> float:
-        """The least time of a step that reads `weight_bytes` and computes `flops`: the longer of the two."""
-        rate = max(self.gemm[name] for name in PRECISIONS[precision].gemm)
-        return max(weight_bytes / self.read[weight_bytes], flops / rate)
+        """The least time of a step that reads `weight_bytes` and computes `flops`: the longer of the two.
+
+        weight_bytes: one of the working sets that were measured; the best number of threads counts, since one core
+        with the whole set may beat many with their shares.
+        """
+        reads = [row["gb_s"] for row in self.rows if row.get("mb") == weight_bytes / MEGABYTE]
+        gemms = [row["gflop_s"] for row in self.rows if row["limit"] in PRECISIONS[precision].gemm]
+        return max(weight_bytes / max(reads), flops / max(gemms)) * 1e-9
 
 
 def measure(working_sets: Iterable[int], *, quick: bool = False) -> Limits:
-    """Limits for working sets of these many bytes, with as many threads as torch has now.
-
-    rows: one per measurement, for tables and files: what, precision or size, threads, rate, how it was reached.
-    """
+    """Limits for working sets of these many bytes, with as many threads as torch has now."""
     threads, seconds = torch.get_num_threads(), 0.04 if quick else 0.1
-    read, rows = {}, []
+    rows = []
     for size in sorted(set(working_sets)):
         for count in sorted({1, threads}):
             rate, how = read_bandwidth(size, count, seconds)
-            # one core with the whole set may beat many with their shares
-            read[size] = max(rate, read.get(size, 0.0))
             rows.append({"limit": "read", "mb": size / MEGABYTE, "threads": count, "gb_s": rate / 1e9, "how": how})
-    gemm = {}
     for name, dtype in DTYPES.items():
-        gemm[name], shape = gemm_rate(dtype, seconds, SHAPES[:1] if quick else SHAPES)
-        rows.append({"limit": f"{name} GEMM", "threads": threads, "gflop_s": gemm[name] / 1e9, "how": shape})
-    return Limits(read, gemm, rows)
+        rate, how = gemm_rate(dtype, seconds, SHAPES[:1] if quick else SHAPES)
+        rows.append({"limit": f"{name} GEMM", "threads": threads, "gflop_s": rate / 1e9, "how": how})
+    return Limits(rows)
+
+
+def best(first: Limits, last: Limits) -> Limits:
+    """The better of two measurements of the same things; both rates stay in the rows, as "first" and "last"."""
+    rows = []
+    for a, b in zip(first.rows, last.rows, strict=True):
+        rate = "gb_s" if "gb_s" in a else "gflop_s"
+        rows.append((a if a[rate] >= b[rate] else b) | {"first": a[rate], "last": b[rate]})
+    return Limits(rows)
 
 
 def read_bandwidth(size: int, threads: int, seconds: float = 0.1, turns: int = 3) -> tuple[float, str]:

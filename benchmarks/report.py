@@ -14,7 +14,7 @@ def text(found: dict) -> list[str]:
     gemms = [row for row in found["limits"] if "gflop_s" in row]
     rows = []
     for row in found["rows"]:
-        short = {name: row[name] for name in (*COLUMNS, *_ratios(found["rows"]))}
+        short = {name: row.get(name) for name in (*COLUMNS, *_ratios(found["rows"]))}
         rows.append(short | {"max_error": row["max_error"], "against": row["error_against"], "blocks": _blocks(row)})
     return [*table(reads), "", *table(gemms), "", *table(rows)]
 
@@ -29,7 +29,9 @@ def markdown(found: dict) -> str:
         f"{machine['date'][:10]} · {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads · "
         f"{machine['isa']} · torch {machine['torch']} · commit {machine['commit']}",
         "",
-        "Limits measured in this run: " + "; ".join(_limit(row) for row in found["limits"]) + ".",
+        "Limits measured at the start and the end of the run, the better one: "
+        + "; ".join(_limit(row) for row in found["limits"])
+        + ".",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -43,7 +45,7 @@ def markdown(found: dict) -> str:
             f"{row['us_step']:.4g}",
             f"{row['limit_us_step']:.4g}",
             f"{row['percent_of_limit']:.0f}%",
-            *[f"{row[name]:.2f}" for name in ratios],
+            *[f"{row[name]:.2f}" if name in row else "-" for name in ratios],
             f"{row['max_error']:.1e}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -55,11 +57,9 @@ def save_plot(found: dict, path: str | Path) -> None:
 
     Hollow dots were timed in part.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError:
-        raise ImportError("the plot needs Matplotlib, which is not installed: pip install 'biflow[bench]'") from None
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     rows, machine = found["rows"], found["machine"]
     configs, batches = (list(dict.fromkeys(row[key] for row in rows)) for key in ("config", "batch"))
     names = list(dict.fromkeys(label(row) for row in rows))
@@ -96,7 +96,7 @@ def label(row: dict) -> str:
 
 def _ratios(rows: list[dict]) -> list[str]:
     """Columns of ratios: x_eager and those of the peers."""
-    return [name for name in rows[0] if name.startswith("x_")]
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith("x_")))
 
 
 def _blocks(row: dict) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -68,7 +69,8 @@ def ml_tarflow(flow: TarFlow, y: Tensor | None, path: str | Path) -> Peer:
             ).eval()
             model.load_state_dict(state)
         except (TypeError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"peer ml-tarflow: {path} has another Model than expected ({error})") from error
+            reason = textwrap.shorten(str(error), 200)
+            raise ValueError(f"peer ml-tarflow: {path} has another Model than expected ({reason})") from error
     return Peer(
         "ml-tarflow",
         lambda i, z: model.blocks[i].reverse(z, y),  # what its Model.reverse calls; it may write into its argument

@@ -90,19 +90,21 @@ def bench(
 
         torch.set_num_threads(threads)
     rows, sections = [], {}
+    if "--plot" in paths and importlib.util.find_spec("matplotlib") is None:  # now, not after minutes
+        raise ValueError("--plot: needs Matplotlib, which is not installed: pip install 'biflow[bench]'")
     for name, benchmark in zip(names, benchmarks, strict=True):
         if name == "decode":
             found = {"machine": timing.machine_info(), **benchmark.run(quick=quick, **options)}
-            sections["limits"] = found["limits"]
-            lines = _report(found, paths)
+            sections = {"limits": found["limits"], "wrong": found["wrong"]}
         else:
             found = {"rows": benchmark.run(quick=quick)}
-            lines = timing.table(found["rows"])
         rows += found["rows"]
-        for line in lines:
+        if "--json" in paths:
+            timing.write_json(paths["--json"], rows, **sections)
+        for line in _report(found, paths) if name == "decode" else timing.table(found["rows"]):
             typer.echo(line)
-    if "--json" in paths:
-        timing.write_json(paths["--json"], rows, **sections)
+    if sections.get("wrong"):
+        raise RuntimeError("wrong results: " + "; ".join(sections["wrong"]))
 
 
 def _split(name: str, text: str | None, kind: type = str) -> list | None:
