@@ -15,7 +15,8 @@ def text(found: dict) -> list[str]:
     rows = []
     for row in found["rows"]:
         short = {name: row.get(name) for name in (*COLUMNS, *_ratios(found["rows"]))}
-        rows.append(short | {"max_error": row["max_error"], "against": row["error_against"], "blocks": _blocks(row)})
+        errors = {"max_error": row["max_error"], "rms_error": row["rms_error"], "against": row["error_against"]}
+        rows.append(short | errors | {"blocks": _blocks(row)})
     return [*table(reads), "", *table(gemms), "", *table(rows)]
 
 
@@ -24,7 +25,7 @@ def markdown(found: dict) -> str:
     machine = found["machine"]
     ratios = _ratios(found["rows"])
     head = ["flow, batch", "decoded by", "ms an image", "us a step", "limit, us", "share of it"]
-    head += [f"x {name[2:].replace('_', '-')}" for name in ratios] + ["largest error"]
+    head += [f"x {name[2:].replace('_', '-')}" for name in ratios] + ["error, largest", "rms"]
     lines = [
         f"{machine['date'][:10]} · {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads · "
         f"{machine['isa']} · torch {machine['torch']} · commit {machine['commit']}",
@@ -47,6 +48,7 @@ def markdown(found: dict) -> str:
             f"{row['percent_of_limit']:.0f}%",
             *[f"{row[name]:.2f}" if name in row else "-" for name in ratios],
             f"{row['max_error']:.1e}",
+            f"{row['rms_error']:.1e}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -252,7 +252,18 @@ def test_compiled_peer_equals_decode(b, classes):
 
 @pytest.mark.slow
 def test_compile_is_an_option(model, capsys):
-    words = ["--quick", "--model", str(model), "--batches", "2", "--solvers", "auto", "--compile"]
+    words = [
+        "--quick",
+        "--model",
+        str(model),
+        "--batches",
+        "2",
+        "--solvers",
+        "auto",
+        "--compile",
+        "--precisions",
+        "fp32",
+    ]
     assert cli.main(["bench", "--op", "decode", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines if line.split()[:1] == ["tiny"]] == ["biflow", "eager", "compiled"]
