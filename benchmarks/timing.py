@@ -51,24 +51,41 @@ def _commit() -> str:
     return out.stdout.strip()
 
 
+def turns(
+    functions: dict[str, Callable[[], object]], rounds: int = 7, sample_s: float = 0.02
+) -> dict[str, list[float]]:
+    """Seconds per call of each function, one number a turn, measured in turns A B C, B C A, ..., so that a slow moment
+    hits all.
+
+    Each turn repeats its function for about `sample_s` seconds; what the one before drove out of the caches is refilled
+    by up to three calls that are not counted. If a call takes more than a second, three turns without them must do.
+    """
+    seconds = {name: _seconds(f) for name, f in functions.items()}
+    slow = max(seconds.values()) > 1
+    if not slow:  # the first call may have built something
+        seconds = {name: min(seconds[name], _seconds(f)) for name, f in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for _ in range(min(rounds, 3) if slow else rounds):
+        for name in names:
+            repeats = max(1, round(sample_s / max(seconds[name], 1e-7)))
+            if not slow:
+                _seconds(functions[name], min(repeats, 3))
+            times[name].append(_seconds(functions[name], repeats))
+        names.append(names.pop(0))
+    return times
+
+
 def interleaved(
     functions: dict[str, Callable[[], object]], rounds: int = 7, sample_s: float = 0.02
 ) -> dict[str, float]:
-    """Median seconds per call of each function, measured in turns A B A B, so that a slow moment hits all alike.
+    """Median seconds per call of each function, over `turns`."""
+    return {name: statistics.median(t) for name, t in turns(functions, rounds, sample_s).items()}
 
-    Each turn repeats its function for about `sample_s` seconds; what falls out of the cache in between is refilled by
-    one call that is not counted. If a call takes more than a second, three turns without that call must do.
-    """
-    seconds = {name: min(_seconds(f), _seconds(f)) for name, f in functions.items()}
-    slow = max(seconds.values()) > 1
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(min(rounds, 3) if slow else rounds):
-        for name, f in functions.items():
-            if not slow:
-                f()
-            repeats = max(1, round(sample_s / max(seconds[name], 1e-7)))
-            times[name].append(_seconds(f, repeats))
-    return {name: statistics.median(t) for name, t in times.items()}
+
+def ratio(times: list[float], base: list[float]) -> float:
+    """How many times faster than `base`: the median of the ratios turn by turn, so that drift cancels."""
+    return statistics.median(b / t for t, b in zip(times, base, strict=True))
 
 
 def _seconds(f: Callable[[], object], repeats: int = 1) -> float:
@@ -98,11 +115,11 @@ def copy_function(bytes_moved: int) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def write_json(path: str | Path, rows: list[dict]) -> None:
-    """Machine information and the rows of a benchmark."""
+def write_json(path: str | Path, rows: list[dict], **sections: object) -> None:
+    """Machine information, further sections and the rows of a benchmark."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine_info(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine_info(), **sections, "rows": rows}, indent=1) + "\n")
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -114,6 +131,8 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
     return "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,7 +1,7 @@
 """Evaluation of a flow and its learned inverse: numbers, timings, pictures."""
 
 from biflow.evaluate.classifier import Judge, train_judge
-from biflow.evaluate.eager import eager_decode
+from biflow.evaluate.eager import eager_decode, eager_decode_block
 from biflow.evaluate.frechet import frechet_distance
 from biflow.evaluate.metrics import (
     EvaluationConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "describe_data",
     "describe_samples",
     "eager_decode",
+    "eager_decode_block",
     "evaluate_flow",
     "evaluate_inverse",
     "frechet_distance",

@@ -38,11 +38,19 @@ def eager_decode(
     strength = Guidance(guidance, guide, anneal, attn_temp)
     x = z * flow.var.sqrt()
     for block in reversed(flow.blocks):
-        x = _decode_block(block, x, y, context, strength)
+        x = eager_decode_block(block, x, y, context, strength)
     return unpatchify(x, c.patch_size)
 
 
-def _decode_block(block: Block, z: Tensor, y: Tensor | None, context: Tensor | None, guidance: Guidance) -> Tensor:
+@torch.no_grad()
+def eager_decode_block(
+    block: Block, z: Tensor, y: Tensor | None = None, context: Tensor | None = None, guidance: Guidance | None = None
+) -> Tensor:
+    """One block of `eager_decode`: z (B,T,D) -> x (B,T,D), both in data order, in the dtype of the weights.
+
+    guidance: None means none. Other arguments as in `TarFlow.decode`.
+    """
+    guidance = guidance or Guidance()
     c, batch = block.config, z.shape[0]
     guided = guidance.scale > 0
     if c.flip:
