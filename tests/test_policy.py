@@ -304,7 +304,7 @@ def test_a_calibrated_flow_decodes_as_exactly():
         ({"batches": (0,)}, ValueError, "batches: expected at least 1, got 0"),
         ({"batches": (1.0,)}, TypeError, "batches: expected an int, got float 1.0"),
         ({"repetitions": 0}, ValueError, "repetitions: expected at least 1, got 0"),
-        ({"precisions": ("fp8",)}, ValueError, "precision: expected one of fp32, got 'fp8'"),
+        ({"precisions": ("fp8",)}, ValueError, "precision: expected one of fp32, bf16, got 'fp8'"),
         ({"precisions": ()}, ValueError, "expected at least one of each, got none"),
         ({"guidances": ()}, ValueError, "expected at least one of each, got none"),
         ({"guidances": (-1.0,)}, ValueError, "guidance: expected a finite number >= 0, got -1"),
@@ -379,7 +379,7 @@ def test_the_command_writes_elsewhere(model, tmp_path):
     [
         ("--batches 1,many", "--batches: expected numbers separated by commas, got '1,many'"),
         ("--batches 0", "batches: expected at least 1, got 0"),
-        ("--precision fp32,fp8", "precision: expected one of fp32, got 'fp8'"),
+        ("--precision fp32,fp8", "precision: expected one of fp32, bf16, got 'fp8'"),
         ("--guidance=-1", "guidance: expected a finite number >= 0, got -1"),
         ("--tol 0", "tol: expected a finite number > 0, got 0"),
         ("--out nowhere/m.safetensors", "--out: expected an existing folder, got nowhere"),

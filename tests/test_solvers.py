@@ -365,7 +365,7 @@ def test_auto_follows_the_policy_by_block():
     [
         ({"solver": "newton"}, ValueError, "solver: expected one of sequential, jacobi, windowed, auto, got 'newton'"),
         ({"solver": None}, ValueError, "solver: expected one of sequential, jacobi, windowed, auto, got None"),
-        ({"precision": "bf16"}, ValueError, "precision: expected one of fp32, got 'bf16'"),
+        ({"precision": "fp8"}, ValueError, "precision: expected one of fp32, bf16, got 'fp8'"),
         ({"window": 16}, ValueError, "window: expected None with solver='auto', which chooses the windows; got 16"),
         ({"window": 4, "solver": "jacobi"}, ValueError,
          "window: expected None with solver='jacobi', which uses no windows; got 4"),

@@ -206,7 +206,9 @@ class Block(nn.Module):
 
     def iterate(self, z: Tensor, condition: Condition) -> BlockIterate:
         """The fixed-point iteration towards the inverse of z (B,T,D), in data order."""
-        return BlockIterate(self.packed(condition.precision), z, self._condition(condition, z.shape[0]))
+        weights = self.packed(condition.precision)
+        draft = self.packed("bf16") if condition.precision == "fp32" and ops.has_fast_bf16() else None
+        return BlockIterate(weights, draft, z, self._condition(condition, z.shape[0]))
 
     def _apply(self, fn, recurse=True):  # .to(), .cuda(), .double(): do not keep the old weights alive
         self._packed, self._packed_key = {}, None

@@ -246,7 +246,7 @@ class TarFlow(nn.Module):
                 sums, parameters and x stay fp32; x is then off by about 1e-2 (docs/results.md). The same inside
                 torch.autocast.
             tol: tolerance of the iterative solvers, for the last update and the residual of each value v, both
-                relative to max(1, |v|). In precision "bf16" those below 1e-3 count as 1e-3. Samples that do not get
+                relative to max(1, |v|). In precision "bf16" those below 1e-2 count as 1e-2. Samples that do not get
                 there in time, because the coupling of their tokens is too strong or because tol is below rounding,
                 are decoded sequentially, which is exact and ignores tol.
             return_info: also return a `solvers.DecodeInfo` with the residual of each sample, and the solver, passes and

@@ -4,7 +4,7 @@ from biflow import _library  # noqa: F401
 from biflow.ops.affine import affine_decode, affine_encode
 from biflow.ops.attention import attention
 from biflow.ops.block_params import BlockWindows, block_params
-from biflow.ops.decode_block import BlockConfig, BlockWeights, decode_block, pack_block
+from biflow.ops.decode_block import BlockConfig, BlockWeights, decode_block, has_fast_bf16, pack_block
 from biflow.ops.jacobi_update import jacobi_update_
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "attention",
     "block_params",
     "decode_block",
+    "has_fast_bf16",
     "jacobi_update_",
     "pack_block",
 ]

@@ -175,6 +175,11 @@ def pack_block(state_dict: dict[str, Tensor], config: BlockConfig, precision: st
     return BlockWeights(packed, class_embed, class_mean, config, precision, shape_options, affine_options)
 
 
+def has_fast_bf16() -> bool:
+    """Whether products in bf16 are several times faster than in fp32 here: on a CPU, with AMX."""
+    return torch.ops.biflow.cpu_isa() == "amx"
+
+
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
