@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -88,6 +90,29 @@ inline BlockCondition make_condition(const char* op, const BlockShape& s, int64_
   return c;
 }
 
+// When more than one thread is worth its while. On a machine with other load a thread that a call needs may not be
+// running: the call then waits for a time slice of the operating system, many times its own length. Such a wait is paid
+// for by calls on one thread, until they have taken ten times as long.
+class Contention {
+ public:
+  int threads() const {
+    return now() < quiet_until_.load(std::memory_order_relaxed) ? 1 : torch::stable::get_num_threads();
+  }
+  void waited(int64_t nanoseconds) {
+    if (nanoseconds > kNoise) quiet_until_.store(now() + 10 * nanoseconds, std::memory_order_relaxed);
+  }
+  static int64_t now() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+ private:
+  static constexpr int64_t kNoise = 200000;
+  std::atomic<int64_t> quiet_until_{0};
+};
+
+inline Contention& contention() {  // of this process
+  static Contention c;
+  return c;
+}
+
 // Runs a kernel of crews on torch's threads: rows of each sample go through the layers together with those of others,
 // up to max_rows. `scratch` tells how much memory a crew needs.
 template <class Params, class ScratchSize, class Kernel>
@@ -95,9 +120,8 @@ void run_crews(const Params& p, int64_t rows_per_sample, int64_t max_rows, Scrat
   if (p.B == 0) return;
   // a step reads the weights of the layers: from the L2 cache, if they fit, few rows pay for that
   constexpr int64_t kCacheWords = 400 << 10;
-  const PackedBlock packed = packed_block(p.shape);
-  const int64_t own_rows = packed.layer_size * p.shape.layers <= kCacheWords ? 2 : 16;
-  cpu::Schedule s = cpu::make_schedule(p.B, rows_per_sample, max_rows, own_rows, torch::stable::get_num_threads());
+  const int64_t words = packed_block(p.shape).layer_size * p.shape.layers, own_rows = words <= kCacheWords ? 2 : 16;
+  cpu::Schedule s = cpu::make_schedule(p.B, rows_per_sample, max_rows, own_rows, words, contention().threads());
   scratch(p, s, &s.scratch_stride);
   struct Free {
     void operator()(float* memory) const { std::free(memory); }
@@ -108,9 +132,13 @@ void run_crews(const Params& p, int64_t rows_per_sample, int64_t max_rows, Scrat
   std::vector<cpu::CrewPart> parts(s.workers());
   s.parts = parts.data();
   s.scratch = memory.get();
+  if (s.workers() == 1) return kernel(p, s, 0);
+  int64_t own_end = 0;  // when the calling thread, which has the first share, had done its own
   torch::stable::parallel_for(0, s.workers(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) kernel(p, s, static_cast<int>(worker));
+    if (begin == 0) own_end = Contention::now();
   });
+  contention().waited(Contention::now() - own_end + parts[0].stalled);
 }
 
 }  // namespace biflow

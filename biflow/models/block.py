@@ -197,6 +197,15 @@ class Block(nn.Module):
         given = self._condition(condition, z.shape[0])
         return ops.decode_block(z, self.packed(condition.precision), self.config, **given)
 
+    def encode_packed(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """`forward` with the packed weights of the condition's precision, guided: x (B,T,D) in data order -> z, logdet.
+
+        In data order too, where `forward` works in block order. Not differentiable.
+        """
+        weights = self.packed(condition.precision)
+        raw = ops.block_params(x, weights, self.config, **self._condition(condition, x.shape[0]))
+        return ops.affine_encode(x, self._both_halves(raw), **{**self._affine_options(), "causal": False})
+
     def residual(self, x: Tensor, z: Tensor, condition: Condition) -> Tensor:
         """max |G(x) - z| over tokens and channels, (B,): how far x is from the inverse of z. Both in data order."""
         if self.config.flip:

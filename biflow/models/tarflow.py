@@ -148,7 +148,13 @@ class TarFlow(nn.Module):
         self.policy: solvers.Policy | None = None
 
     def encode(
-        self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, return_states: bool = False
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        return_states: bool = False,
+        precision: str | None = None,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
         """Data to noise.
 
@@ -157,6 +163,9 @@ class TarFlow(nn.Module):
             y: class labels (B,) int64; -1 or None: unconditional (the mean class embedding).
             context: (B,S,context_dim) of x's dtype, or None (one learned null token).
             return_states: also return the trajectory.
+            precision: None: the differentiable pass, in x's dtype. "fp32", "bf16": the packed kernels of `decode`, faster
+                on a CPU (docs/results.md), for fp32 models; no gradient. In bf16 the layers' weights, and what they
+                multiply, are rounded; z and logdet are fp32.
 
         Returns:
             z (B,T,D) in x's dtype; logdet (B,) = log|det dz/dx| in nats, fp32 (fp64 for fp64 x); with return_states the
@@ -170,7 +179,19 @@ class TarFlow(nn.Module):
         check_kernels(weight)
         check_floats("x", x, (None, c.in_channels, c.img_size, c.img_size), weight)
         self._check_condition(y, context, x.shape[0])
-        return self(x, y, context, return_states=return_states)
+        if precision is None:
+            return self(x, y, context, return_states=return_states)
+        check_decoding(precision, solvers.PRECISIONS, weight)
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            raise RuntimeError(
+                f"precision: expected None where a gradient is wanted, or a call under torch.no_grad(); got {precision!r}"
+            )
+        with torch.autocast(weight.device.type, enabled=False):
+            states, logdet = [patchify(x, c.patch_size)], 0.0
+            for block in self.blocks:
+                h, block_logdet = block.encode_packed(states[-1], solvers.Condition(y, context, precision=precision))
+                states, logdet = [*(states if return_states else ()), h], logdet + block_logdet
+            return self._to_prior(states, logdet, return_states)
 
     def forward(
         self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, return_states: bool = False
@@ -185,14 +206,20 @@ class TarFlow(nn.Module):
             logdet = logdet + block_logdet
             if return_states:
                 states.append(h.flip(1) if flipped else h)
-        z = (h.flip(1) if flipped else h) * self.var.rsqrt().to(h.dtype)
-        logdet = logdet - 0.5 * self.var.to(logdet.dtype).log().sum()
-        states[-1] = z
-        return (z, logdet, states) if return_states else (z, logdet)
+        states[-1] = h.flip(1) if flipped else h
+        return self._to_prior(states, logdet, return_states)
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def _to_prior(self, states: list[Tensor], logdet: Tensor, return_states: bool):
+        """The result of `encode` from the trajectory: its last state scaled to unit variance."""
+        z = states[-1] * self.var.rsqrt().to(states[-1].dtype)
+        logdet = logdet - 0.5 * self.var.to(logdet.dtype).log().sum()
+        return (z, logdet, [*states[:-1], z]) if return_states else (z, logdet)
+
+    def log_prob(
+        self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, precision: str | None = None
+    ) -> Tensor:
         """log p(x | y), (B,), nats: -|z|^2 / 2 - (T D / 2) log 2 pi + logdet. Arguments and errors as `encode`."""
-        return self._log_prob(*self.encode(x, y, context))
+        return self._log_prob(*self.encode(x, y, context, precision=precision))
 
     @staticmethod
     def _log_prob(z: Tensor, logdet: Tensor) -> Tensor:
@@ -200,7 +227,13 @@ class TarFlow(nn.Module):
         return logdet - 0.5 * (wide.square().sum(1) + wide.shape[1] * math.log(2 * math.pi))
 
     def bits_per_dim(
-        self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, bin_width: float = 2 / 256
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        bin_width: float = 2 / 256,
+        precision: str | None = None,
     ) -> Tensor:
         """-log_prob / (T D ln 2) - log2(bin_width), (B,): bits a channel of data quantised to steps of `bin_width`.
 
@@ -208,7 +241,7 @@ class TarFlow(nn.Module):
         """
         bin_width = check_number("bin_width", bin_width, above=0)
         dims = self.config.tokens * self.config.channels
-        return -self.log_prob(x, y, context) / (dims * math.log(2)) - math.log2(bin_width)
+        return -self.log_prob(x, y, context, precision=precision) / (dims * math.log(2)) - math.log2(bin_width)
 
     @torch.no_grad()
     def decode(

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 
@@ -16,6 +17,7 @@ namespace biflow::cpu {
 struct CrewPart {  // the last phase in which this part was claimed, done; apart, for others look at `done` only
   alignas(64) std::atomic<uint32_t> claimed{0};
   alignas(64) std::atomic<uint32_t> done{0};
+  int64_t stalled = 0;  // nanoseconds that the member waited for one that the operating system kept from running
 };
 
 // How B samples are divided: groups of samples whose rows are multiplied together, crews that take groups in turn,
@@ -34,8 +36,11 @@ struct Schedule {
 
 // Groups of at most max_rows rows, one sample at least. Every thread has its own groups if they have enough rows to pay
 // for reading all weights, `own_rows`; else threads share the columns of a group, and so the weights.
+// `work`: words of weights a row is multiplied with.
 inline Schedule make_schedule(int64_t samples, int64_t rows_per_sample, int64_t max_rows, int64_t own_rows,
-                              int threads) {
+                              int64_t work, int threads) {
+  constexpr int64_t kShare =
+      180 << 10;  // words times rows that a member must have: less is done before the others know
   const auto round_up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
   Schedule s;
   s.samples = samples;
@@ -48,6 +53,8 @@ inline Schedule make_schedule(int64_t samples, int64_t rows_per_sample, int64_t 
   } else {
     s.crews = static_cast<int>(s.groups);
     s.members = threads / s.crews;
+    const int64_t most_members = samples * rows_per_sample * work / s.crews / kShare;
+    if (s.members > most_members) s.members = most_members > 1 ? static_cast<int>(most_members) : 1;
   }
   return s;
 }
@@ -57,7 +64,15 @@ namespace BIFLOW_ISA {
 class Member {
  public:
   Member(const Schedule& s, int worker)
-      : parts_(s.parts + worker / s.members * s.members), count_(s.members), me_(worker % s.members) {}
+      : parts_(s.parts ? s.parts + worker / s.members * s.members : nullptr),
+        count_(s.members),
+        me_(worker % s.members) {}
+
+  ~Member() {
+    if (parts_) parts_[me_].stalled = stalled_;
+  }
+  Member(const Member&) = delete;
+  Member& operator=(const Member&) = delete;
 
   int count() const { return count_; }
   int me() const { return me_; }  // for what a member keeps for itself
@@ -74,7 +89,7 @@ class Member {
         if (waited < kSpins)
           pause();
         else
-          std::this_thread::yield();
+          stall(parts_[i].done);
       }
   }
 
@@ -90,6 +105,12 @@ class Member {
     parts_[part].done.store(now_, std::memory_order_release);
   }
 
+  void stall(const std::atomic<uint32_t>& done) {  // gives way a few times
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < kPatience && done.load(std::memory_order_acquire) < now_; ++i) std::this_thread::yield();
+    stalled_ += std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
+  }
+
   static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -101,6 +122,7 @@ class Member {
   CrewPart* parts_;
   int count_, me_;
   uint32_t now_ = 0;
+  int64_t stalled_ = 0;
 };
 
 }  // namespace BIFLOW_ISA
