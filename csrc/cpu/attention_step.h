@@ -105,7 +105,7 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
 
   constexpr int kPer = kPairs ? 2 : 1;        // tokens a word
   constexpr int kWide = 4, kLineFloats = 16;  // vectors of channels at a time; floats in a cache line
-  const int rows = (n + kPer - 1) / kPer;
+  const int rows = n / kPer;
   const auto add_value = [&](vfloat& sum, const float* at, int r) {
     if constexpr (kPairs) {
       const vuint w = load_words(at);
@@ -115,6 +115,12 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
       sum += broadcast(scores[r]) * load(at);
     }
   };
+  // a last token without a partner: the other half of its word may hold a later token's values, NaN included
+  const auto add_single = [&](vfloat& sum, const float* at) {
+    if constexpr (kPairs)
+      if (n % 2) sum += broadcast(scores[n - 1]) * low_half(load_words(at));
+  };
+  const float* last = values + static_cast<int64_t>(rows) * c.d_padded;
   int i = 0;
   for (; i + kWide * kLanes <= c.d_padded; i += kWide * kLanes) {
     vfloat sum[kWide] = {};
@@ -125,11 +131,15 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
 #pragma GCC unroll 4
       for (int j = 0; j < kWide; ++j) add_value(sum[j], row + j * kLanes, r);
     }
-    for (int j = 0; j < kWide; ++j) store(out + i + j * kLanes, sum[j] * inverse);
+    for (int j = 0; j < kWide; ++j) {
+      add_single(sum[j], last + i + j * kLanes);
+      store(out + i + j * kLanes, sum[j] * inverse);
+    }
   }
   for (; i < c.d; i += kLanes) {
     vfloat sum = {};
     for (int r = 0; r < rows; ++r) add_value(sum, values + static_cast<int64_t>(r) * c.d_padded + i, r);
+    add_single(sum, last + i);
     store(out + i, sum * inverse);
   }
 }
