@@ -1,4 +1,4 @@
-"""What a call of decode_block must not do at each token: allocate, enter Python, wait for a thread that does not come."""
+"""What a call of decode_block must not do at each token: allocate, enter Python, wait for a thread that never comes."""
 
 import json
 import os
