@@ -33,6 +33,12 @@ CASES = {
     "one_token_start": (dict(tokens=1, start_token=True, num_classes=2), dict(y=True, guidance=1.0), 0),
     # no multiple of 16 anywhere
     "tails": (dict(tokens=35, channels=3, width=30, head_dim=6, mlp_hidden=37, gate="swiglu"), {}, 0),
+    # heads of whole AMX tiles, tokens of more than one, one head for each of two members of a crew
+    "tiles": (
+        dict(tokens=40, width=128, head_dim=64, mlp_hidden=96, num_classes=3, flip=True, gate="swiglu"),
+        dict(y=True, guidance=0.7),
+        3,
+    ),
     # the largest head, sums of more than one block
     "wide_head": (dict(tokens=18, width=256, head_dim=256, mlp_hidden=200, layers=1), {}, 0),
     # a partial panel, sums of 3.4 blocks

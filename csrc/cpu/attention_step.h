@@ -22,10 +22,18 @@ inline void append(const CacheShape& c, float* cache, int t, const float* key, c
       for (int j = 0; j < n; ++j) std::memcpy(k + (i / 2 + j) * kKeyBlock, word + j, sizeof(uint32_t));
     }
     v += static_cast<int64_t>(t / 2) * c.d_padded;
+    vfloat bad = {};  // NaN where a value is not finite
     for (int i = 0; i < c.d; i += kLanes) {  // the second token of a pair comes later
-      const vuint bits = rounded_bf16(part(value + i, c.d - i));
+      const vfloat x = part(value + i, c.d - i), off = x - x;
+      bad += off;
+      const vuint bits = off == off ? rounded_bf16(x) : vuint{};
       const vuint words = t % 2 ? (load_words(v + i) & 0xffffu) | (bits & 0xffff0000u) : bits >> 16;
       store(v + i, reinterpret_cast<vfloat>(words));
+    }
+    // Values are read with weight 0 by queries before t: they stay finite, and the key is NaN, for those from t on.
+    if (const float sum = reduce_add(bad); sum != sum) {
+      constexpr uint32_t kNan = 0x7fc07fc0u;
+      std::memcpy(k, &kNan, sizeof kNan);
     }
   } else {
     for (int i = 0; i < c.d; ++i) k[i * kKeyBlock] = key[i];
@@ -105,7 +113,7 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
 
   constexpr int kPer = kPairs ? 2 : 1;        // tokens a word
   constexpr int kWide = 4, kLineFloats = 16;  // vectors of channels at a time; floats in a cache line
-  const int rows = n / kPer;
+  const int rows = (n + kPer - 1) / kPer;
   const auto add_value = [&](vfloat& sum, const float* at, int r) {
     if constexpr (kPairs) {
       const vuint w = load_words(at);
@@ -115,12 +123,6 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
       sum += broadcast(scores[r]) * load(at);
     }
   };
-  // a last token without a partner: the other half of its word may hold a later token's values, NaN included
-  const auto add_single = [&](vfloat& sum, const float* at) {
-    if constexpr (kPairs)
-      if (n % 2) sum += broadcast(scores[n - 1]) * low_half(load_words(at));
-  };
-  const float* last = values + static_cast<int64_t>(rows) * c.d_padded;
   int i = 0;
   for (; i + kWide * kLanes <= c.d_padded; i += kWide * kLanes) {
     vfloat sum[kWide] = {};
@@ -131,15 +133,11 @@ inline void attend(const CacheShape& c, const float* cache, const float* next, i
 #pragma GCC unroll 4
       for (int j = 0; j < kWide; ++j) add_value(sum[j], row + j * kLanes, r);
     }
-    for (int j = 0; j < kWide; ++j) {
-      add_single(sum[j], last + i + j * kLanes);
-      store(out + i + j * kLanes, sum[j] * inverse);
-    }
+    for (int j = 0; j < kWide; ++j) store(out + i + j * kLanes, sum[j] * inverse);
   }
   for (; i < c.d; i += kLanes) {
     vfloat sum = {};
     for (int r = 0; r < rows; ++r) add_value(sum, values + static_cast<int64_t>(r) * c.d_padded + i, r);
-    add_single(sum, last + i);
     store(out + i, sum * inverse);
   }
 }
