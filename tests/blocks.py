@@ -103,8 +103,11 @@ def decoded_by(config):
 
 
 @contextlib.contextmanager
-def bf16_arithmetic():
-    """The reference with the roundings of precision="bf16": the layers' weights, what they multiply, keys, values."""
+def bf16_arithmetic(tiles=False):
+    """The reference with the roundings of precision="bf16": the layers' weights, what they multiply, keys, values.
+
+    tiles: queries and the softmax's exponentials too, as in AMX's attention of many queries.
+    """
     module = importlib.import_module("biflow.reference.block_params")
     linear, attend = module._linear, module._attend
 
@@ -117,8 +120,16 @@ def bf16_arithmetic():
         bias = weights[f"{name}.bias"]
         return linear(rounded(x), {f"{name}.weight": rounded(weights[f"{name}.weight"]), f"{name}.bias": bias}, name)
 
-    module._linear = rounded_linear
-    module._attend = lambda q, k, v, temperature: attend(q, rounded(k), rounded(v), temperature)
+    def rounded_attend(q, k, v, temperature):
+        if not tiles:
+            return attend(q, rounded(k), rounded(v), temperature)
+        logits = rounded(q) @ rounded(k).transpose(-1, -2) / (q.shape[-1] ** 0.5 * temperature)
+        later = torch.ones_like(logits, dtype=torch.bool).triu(1)
+        logits = logits.masked_fill(later, float("-inf"))
+        weights = (logits - logits.amax(-1, keepdim=True)).exp()
+        return rounded(weights) @ rounded(v) / weights.sum(-1, keepdim=True)
+
+    module._linear, module._attend = rounded_linear, rounded_attend
     try:
         yield
     finally:

@@ -14,17 +14,17 @@ def rms(t):
 
 @pytest.fixture(scope="module")
 def expected():
-    """(op, name) -> exact: fp64, nothing rounded; rounded: fp64 sums of bf16 values; plain: fp32 sums of them"""
+    """exact: fp64, nothing rounded; rounded: fp64 sums of bf16 values; plain: fp32 sums of them"""
     results = {}
 
-    def get(op, name):
-        if (op, name) not in results:
+    def get(op, name, tiles=False):
+        if (op, name, tiles) not in results:
             config, weights, x, options = make_case(name)
             wide = x.double(), to(torch.float64, weights), config, to(torch.float64, options)
             exact = op(*wide[:3], **wide[3])
-            with bf16_arithmetic():
-                results[op, name] = exact, op(*wide[:3], **wide[3]), op(x, weights, config, **options)
-        return results[op, name]
+            with bf16_arithmetic(tiles):
+                results[op, name, tiles] = exact, op(*wide[:3], **wide[3]), op(x, weights, config, **options)
+        return results[op, name, tiles]
 
     return get
 
@@ -41,7 +41,7 @@ def test_parity(op, name, isa, expected):
     assert rms(got - exact) <= 2 * rms(plain - exact) + floor
 
 
-@pytest.mark.parametrize("name", ["modern", "tails"])
+@pytest.mark.parametrize("name", ["modern", "tails", "tiles"])
 def test_what_is_rounded(name, isa, expected):
     """Most elements are those of the reference that rounds the same things and sums in fp64, to the last bits of fp32.
 
@@ -50,10 +50,10 @@ def test_what_is_rounded(name, isa, expected):
     """
     config, weights, x, options = make_case(name)
     raw = block_params(x, pack_block(weights, config, "bf16"), config, **options)
-    exact, rounded, _ = expected(reference.block_params, name)
+    exact, rounded, _ = expected(reference.block_params, name, tiles=isa == "amx" and config.head_dim % 32 == 0)
     error = (raw - rounded).abs()
     assert error.median() < 1e-6
-    assert rms(error) < 0.2 * rms(exact - rounded)
+    assert rms(error) < 0.4 * rms(exact - rounded)
 
 
 @pytest.mark.parametrize("name", ["guided_annealed", "start_token_flip", "modern", "context"])
