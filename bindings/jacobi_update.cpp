@@ -38,7 +38,8 @@ void jacobi_update_(Tensor x, Tensor z, Tensor raw, Tensor moved, int64_t start,
     return p < q + b.numel() && q < p + a.numel();
   };
   for (const Tensor* read : {&z, &raw})
-    STD_TORCH_CHECK(!overlap(x, *read) && !overlap(moved, *read), "jacobi_update: x and moved must not overlap z or raw");
+    STD_TORCH_CHECK(!overlap(x, *read) && !overlap(moved, *read),
+                    "jacobi_update: x and moved must not overlap z or raw");
   STD_TORCH_CHECK(!overlap(x, moved), "jacobi_update: x and moved must not overlap");
   constexpr int64_t kGrain = 16384;  // elements a thread takes at least
   const int64_t per_sample = (stop - start) * p.D, grain = 1 + kGrain / (per_sample > 0 ? per_sample : 1);

@@ -22,7 +22,7 @@ inline void append(const CacheShape& c, float* cache, int t, const float* key, c
       for (int j = 0; j < n; ++j) std::memcpy(k + (i / 2 + j) * kKeyBlock, word + j, sizeof(uint32_t));
     }
     v += static_cast<int64_t>(t / 2) * c.d_padded;
-    vfloat bad = {};  // NaN where a value is not finite
+    vfloat bad = {};                         // NaN where a value is not finite
     for (int i = 0; i < c.d; i += kLanes) {  // the second token of a pair comes later
       const vfloat x = part(value + i, c.d - i), off = x - x;
       bad += off;
