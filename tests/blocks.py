@@ -39,6 +39,8 @@ CASES = {
         dict(y=True, guidance=0.7),
         3,
     ),
+    # work for a crew of several members at batch 1
+    "crew": (dict(width=256, head_dim=32, mlp_hidden=1024, qk_norm=True), dict(guidance=0.5, attn_temp=0.8), 0),
     # the largest head, sums of more than one block
     "wide_head": (dict(tokens=18, width=256, head_dim=256, mlp_hidden=200, layers=1), {}, 0),
     # a partial panel, sums of 3.4 blocks

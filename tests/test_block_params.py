@@ -153,7 +153,7 @@ def test_causality_holds_for_nan_and_inf(name, precision, isa):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["guided_annealed", "context", "tails", "wide_panels", "tiles"])
+@pytest.mark.parametrize("name", ["guided_annealed", "context", "tails", "wide_panels", "tiles", "crew"])
 def test_a_sample_does_not_depend_on_batch_or_threads(name, precision, isa, threads):
     config, weights, x, options = make_case(name, batch=23)  # more than a group of 128 rows
     packed = pack_block(weights, config, precision)

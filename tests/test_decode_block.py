@@ -45,7 +45,7 @@ def test_encode_gives_z_back(name):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["guided_annealed", "context", "tails", "wide_panels", "tiles"])
+@pytest.mark.parametrize("name", ["guided_annealed", "context", "tails", "wide_panels", "tiles", "crew"])
 def test_a_sample_does_not_depend_on_batch_or_threads(name, precision, isa, threads):
     config, weights, z, options = make_case(name, batch=67)  # more than a group of 64 rows
     packed = pack_block(weights, config, precision)

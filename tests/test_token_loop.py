@@ -147,7 +147,7 @@ result = []
 for threads in {threads}:
     torch.set_num_threads(threads)
     digest = hashlib.sha256()
-    for name in ("guided_annealed", "wide_panels", "tails"):
+    for name in ("crew", "wide_panels", "guided_annealed"):
         for batch in (1, 3):
             config, weights, z, options = make_case(name, batch)
             for precision in ("fp32", "bf16"):
