@@ -32,7 +32,17 @@ void jacobi_update_(Tensor x, Tensor z, Tensor raw, Tensor moved, int64_t start,
   p.z = z.const_data_ptr<float>();
   p.raw = raw.const_data_ptr<float>();
   p.moved = moved.mutable_data_ptr<float>();
-  const int64_t per_sample = (stop - start) * p.D, grain = 1 + 16384 / per_sample;
+  const auto overlap = [](const Tensor& a, const Tensor& b) {
+    const auto* p = static_cast<const float*>(a.const_data_ptr());
+    const auto* q = static_cast<const float*>(b.const_data_ptr());
+    return p < q + b.numel() && q < p + a.numel();
+  };
+  for (const Tensor* read : {&z, &raw})
+    STD_TORCH_CHECK(!overlap(x, *read) && !overlap(moved, *read),
+                    "jacobi_update: x and moved must not overlap z or raw");
+  STD_TORCH_CHECK(!overlap(x, moved), "jacobi_update: x and moved must not overlap");
+  constexpr int64_t kGrain = 16384;  // elements a thread takes at least
+  const int64_t per_sample = (stop - start) * p.D, grain = 1 + kGrain / (per_sample > 0 ? per_sample : 1);
   torch::stable::parallel_for(0, p.B, grain,
                               [&](int64_t begin, int64_t end) { biflow::cpu::jacobi_update(p, begin, end); });
 }

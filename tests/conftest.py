@@ -10,6 +10,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads; one again after the test."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=("portable", "avx2", "avx512", "amx"))
 def isa(request):
     """Runs the test on every instruction set of this machine."""

@@ -35,11 +35,13 @@ MAY_IMPORT = {
 TOP = {"cli", "demo"}  # imported by nothing below them
 
 # An op is a stem; `git ls-files '*affine*'` shows its whole life.
-STEMS = ("affine", "attention", "decode_block")
+STEMS = ("affine", "attention", "block_params", "decode_block", "jacobi_update")
 OTHER_NAMES = {"pack_block": "decode_block"}  # ops of a stem whose name does not begin with it
 # Torch's own fused attention is the CPU kernel of `attention`: it needs no csrc and no bindings until CUDA has one.
 KERNEL_IS_TORCH = {"attention"}
-NOT_OPS = {"cpu_isa", "force_cpu_isa", "weights_fingerprint"}  # questions about the machine or about weights: no maths
+# questions about the machine, about weights, about a size: no maths
+NOT_OPS = {"cpu_isa", "force_cpu_isa", "weights_fingerprint", "block_cache_size"}
+PUBLIC = ("affine_encode", "affine_decode", "attention", "block_params", "decode_block", "jacobi_update_")
 
 
 def files(folder: str, *patterns: str) -> list[Path]:
@@ -231,8 +233,9 @@ def test_every_registered_op_belongs_to_a_stem():
     assert [n for n in schemas() if not OTHER_NAMES.get(n, n).startswith(STEMS)] == []
 
 
-def test_every_module_of_ops_is_a_stem():
-    assert {p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_")} == set(STEMS)
+def test_every_module_of_ops_and_reference_is_a_stem():
+    for package in ("ops", "reference"):
+        assert {p.stem for p in (PACKAGE / package).glob("*.py") if not p.stem.startswith("_")} == set(STEMS)
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -266,7 +269,7 @@ def test_ops_that_write_into_buffers_say_so():
         assert not (writes and schema.returns), schema
 
 
-@pytest.mark.parametrize("name", ["affine_encode", "affine_decode", "attention", "decode_block"])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_reference_has_the_same_signature(name):
     """Same names, kinds and defaults; only `out` is the op's alone."""
 
@@ -277,7 +280,7 @@ def test_reference_has_the_same_signature(name):
     assert shape(getattr(ops, name)) == shape(getattr(reference, name))
 
 
-@pytest.mark.parametrize("name", ["affine_encode", "affine_decode", "attention", "decode_block"])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_op_is_documented(name):
     """Every parameter, what comes back and what is raised; "as in <op>" refers to another op's text."""
     text = inspect.getdoc(getattr(ops, name)) or ""

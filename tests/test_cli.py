@@ -229,7 +229,7 @@ BAD = {
     "output nowhere": ("sample {runs}/flow --out {new}/s.png", "--out: expected an existing folder"),
     "inverse alone": ("evaluate {runs}/inverse", "--flow: expected with a learned inverse"),
     "checkpoint without a run": ("evaluate {tmp}/alone.safetensors", "expected --data"),
-    "no such op": ("bench --op fft", "expected one of decode, affine, decode_block, attention, got 'fft'"),
+    "no such op": ("bench --op fft", "block_params, jacobi_update, attention, got 'fft'"),
     "demo in a used folder": ("demo --out {runs}/flow", "the folder is not empty"),
     "demo resumed elsewhere": ("demo --out {runs}/flow --resume", "expected the configuration of a demo"),
 }  # fmt: skip

@@ -42,6 +42,20 @@ def check_shape(name: str, t: Tensor, *shapes: tuple) -> None:
     raise ValueError(f"{name}: expected shape {wanted}, got {tuple(t.shape)}")
 
 
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_buffer(name: str, buffer: object, shape: tuple, reads: tuple[Tensor | None, ...] = ()) -> None:
+    """A contiguous float32 buffer of `shape`; neither it nor what is read with it may want a gradient."""
+    check_float32(name, buffer)
+    check_shape(name, buffer, shape)
+    if not buffer.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {buffer.stride()}")
+    if torch.is_grad_enabled() and any_requires_grad(buffer, *reads):
+        raise RuntimeError(f"{name}: expected a call under torch.no_grad(): what is written there has no graph")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
@@ -59,6 +73,15 @@ def check_number(name: str, value: object, *, above: float = -math.inf, minimum:
         bound = f">= {minimum:g}" if minimum > -math.inf else f"> {above:g}"
         raise ValueError(f"{name}: expected a finite number {bound}, got {value!r}")
     return float(value)
+
+
+def check_window(start: object, stop: object, tokens: int) -> None:
+    """The tokens start <= n < stop of `tokens`, at least one."""
+    for name, value in (("start", start), ("stop", stop)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    if not 0 <= start < stop <= tokens:
+        raise ValueError(f"start, stop: expected 0 <= start < stop <= {tokens}, got {start} and {stop}")
 
 
 def check_clip(clip: object) -> tuple[str, float] | None:

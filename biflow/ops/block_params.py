@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from biflow import _library  # noqa: F401
-from biflow.ops.decode_block import BlockConfig, BlockWeights, Condition, check_block_call, check_buffer, condition
+from biflow.ops._checks import check_buffer, check_window
+from biflow.ops.decode_block import BlockConfig, BlockWeights, Condition, check_block_call, condition
 
 
 def _raw_columns(config: BlockConfig) -> int:
@@ -65,7 +66,7 @@ class BlockWindows:
     evaluated those left them, and leaves its own. So windows are walked from the first token on, each as often as
     wanted. All buffers are allocated here; a call allocates nothing that outlives it.
 
-    Arguments as in `block_params`, which checks alike; batch: B.
+    Arguments and errors as in `block_params`; batch: B.
     """
 
     def __init__(
@@ -82,6 +83,10 @@ class BlockWindows:
         anneal: bool = True,
         attn_temp: float = 1.0,
     ):
+        if not isinstance(batch, int) or isinstance(batch, bool):
+            raise TypeError(f"batch: expected an int, got {type(batch).__name__} {batch!r}")
+        if batch < 0:
+            raise ValueError(f"batch: expected an int >= 0, got {batch}")
         shape = (batch, config.tokens, config.channels)
         check_block_call(
             "x", torch.empty(1).expand(shape), weights, config, y, context, null_context, guidance, guide, anneal,
@@ -103,8 +108,12 @@ class BlockWindows:
         self.raw = torch.zeros(batch, config.tokens, _raw_columns(config))  # in data order; what calls write
 
     def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """`raw`, (B, T, 2D) or (B, T, D), its window written; x (B, T, D) contiguous, in data order."""
-        check_buffer("x", x, (self.raw.shape[0], self.config.tokens, self.config.channels), ())
+        """`raw`, (B, T, 2D) or (B, T, D), with the rows of the window written. x: (B, T, D), contiguous, in data order.
+
+        Raises TypeError and ValueError for an x or a window that does not fit, RuntimeError where a gradient is wanted.
+        """
+        check_buffer("x", x, (self.raw.shape[0], self.config.tokens, self.config.channels))
+        check_window(start, stop, self.config.tokens)
         torch.ops.biflow.block_params_(
             x, self._weights.packed, *self._given.tensors, self.raw, self._cache, start=start, stop=stop,
             **self._options,

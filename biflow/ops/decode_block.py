@@ -12,6 +12,8 @@ from biflow.ops._checks import (
     CLIP_ON,
     LAYOUTS,
     SCALES,
+    any_requires_grad,
+    check_buffer,
     check_choice,
     check_clip,
     check_device,
@@ -180,10 +182,6 @@ def has_fast_bf16() -> bool:
     return torch.ops.biflow.cpu_isa() == "amx"
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
-
-
 def check_block_call(name, x, weights, config, y, context, null_context, guidance, guide, anneal, attn_temp) -> None:
     """What all ops of a packed block check: x (called `name`), the weights, the condition, the guidance."""
     if not isinstance(weights, BlockWeights):
@@ -217,16 +215,6 @@ def check_block_call(name, x, weights, config, y, context, null_context, guidanc
         check_shape("null_context", null_context, (length, config.width), (batch, length, config.width))
     elif context is not None and guidance > 0:
         raise ValueError("null_context: expected a Tensor, which guidance with context needs, got None")
-
-
-def check_buffer(name: str, buffer: Tensor, shape: tuple, reads: tuple[Tensor | None, ...]) -> None:
-    """A contiguous float32 buffer of `shape` that an op writes; nothing that it reads may want a gradient."""
-    check_float32(name, buffer)
-    check_shape(name, buffer, shape)
-    if not buffer.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {buffer.stride()}")
-    if torch.is_grad_enabled() and _any_requires_grad(buffer, *reads):
-        raise RuntimeError(f"{name}: expected a call under torch.no_grad(): what is written there has no graph")
 
 
 @dataclass(frozen=True)
@@ -320,7 +308,7 @@ def decode_block(
     given = condition(weights, z.shape[0], y, context, null_context, guidance, guide, anneal, attn_temp)
     tensors = (z.contiguous(), weights.packed, *given.tensors)
     options = dict(weights.shape_options, **weights.affine_options, **given.options)
-    if out is None and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(*tensors))):
+    if out is None and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and any_requires_grad(*tensors))):
         return torch.ops.biflow.decode_block(*tensors, **options)
     # with nothing to record, the call that has no autograd formula: the formula's Python costs 25 us each time
     out = torch.empty_like(tensors[0]) if out is None else out

@@ -10,11 +10,13 @@ from biflow.ops._checks import (
     CLIP_ON,
     LAYOUTS,
     SCALES,
+    check_buffer,
     check_choice,
     check_clip,
     check_flag,
     check_float32,
     check_shape,
+    check_window,
 )
 
 
@@ -36,13 +38,15 @@ def jacobi_update_(
     """x = z sigma(clip a) + clip b for the tokens start <= n < stop in block order, from raw parameters, in place.
 
     With G(x) = (x - b) / sigma of the x before the step, moved becomes, per sample, over the window's tokens and
-    channels: row 0 max |x_new - x| / max(1, |x_new|), row 1 max |G(x) - z| / max(1, |z|); both NaN where one is NaN
-    or infinite. A fixed point has both at 0.
+    channels: row 0 max |x_new - x| / max(1, |x_new|), row 1 max |G(x) - z| / max(1, |z|). Both are NaN where an element
+    of x_new or of G(x) is NaN or infinite, in that sample alone. A fixed point has both at 0, up to rounding.
 
     x, z: (B, T, D) float32 in data order. raw: (B, T, 2D), or (B, T, D) with shift_only (sigma = 1): row n belongs to
-    token n, as `block_params` writes it. moved: (2, B) float32. All contiguous; allocates nothing.
+    token n, as `block_params` writes it. moved: (2, B) float32. All contiguous, x and moved apart from
+    the others; allocates nothing.
     layout, scale, clip, clip_on: as in `affine_decode`. flip: block order is reversed data order.
-    Raises TypeError for wrong types and dtypes, ValueError for wrong shapes, windows, options and devices.
+    Raises TypeError for wrong types and dtypes, ValueError for wrong shapes, windows, options and devices, RuntimeError
+    for tensors that overlap and where a gradient is wanted.
 
     Source: Jacobi decoding of flows: GS-Jacobi, arXiv 2505.12849.
     """
@@ -51,17 +55,13 @@ def jacobi_update_(
     batch, tokens, channels = x.shape
     check_flag("shift_only", shift_only)
     for name, tensor, shape in (
+        ("x", x, (batch, tokens, channels)),
         ("z", z, (batch, tokens, channels)),
         ("raw", raw, (batch, tokens, channels if shift_only else 2 * channels)),
         ("moved", moved, (2, batch)),
     ):
-        check_float32(name, tensor)
-        check_shape(name, tensor, shape)
-    for name, tensor in (("x", x), ("z", z), ("raw", raw), ("moved", moved)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    if not 0 <= start < stop <= tokens:
-        raise ValueError(f"start, stop: expected 0 <= start < stop <= {tokens}, got {start} and {stop}")
+        check_buffer(name, tensor, shape)
+    check_window(start, stop, tokens)
     check_choice("layout", layout, LAYOUTS)
     check_choice("scale", scale, SCALES)
     check_choice("clip_on", clip_on, CLIP_ON)

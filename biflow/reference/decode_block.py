@@ -1,127 +1,17 @@
-"""One flow block in plain torch, any dtype: its parallel pass and its exact inverse by T parallel passes."""
+"""The exact inverse of one flow block in plain torch; formulas and shapes: biflow.ops.decode_block."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from biflow.reference.affine import affine_decode
+from biflow.reference.block_params import Weights, block_params
+from biflow.reference.jacobi_update import inverse
 
 if TYPE_CHECKING:
     from biflow.ops.decode_block import BlockConfig
-
-Weights = dict[str, Tensor]
-
-
-def _norm(x: Tensor, weights: Weights, name: str, kind: str) -> Tensor:
-    if kind == "layernorm":
-        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weights[f"{name}.weight"]
-
-
-def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
-    return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1).flatten(-2)
-
-
-def _condition(weights: Weights, config: BlockConfig, batch: int, y: Tensor | None, context: Tensor | None):
-    """(vector added to every token (B, 1, C) or 0, prefix tokens (B, S, C))."""
-    table = weights["proj_in.bias"].new_empty(0, 0, config.width) if not config.num_classes else weights["class_embed"]
-    added: Tensor | float = 0.0
-    prefix = table.new_empty(batch, 0, config.width)
-    if config.num_classes:
-        mean = table.mean(0)
-        labels = [-1] * batch if y is None else y.tolist()
-        classes = torch.stack([mean if label < 0 else table[label] for label in labels])
-        if config.class_tokens:
-            prefix = classes
-        else:
-            added = classes
-    if context is not None:
-        prefix = torch.cat([prefix, context.expand(batch, -1, -1)], 1)
-    return added, prefix
-
-
-def _attention(h: Tensor, weights: Weights, config: BlockConfig, name: str, prefix: int, temperature: float) -> Tensor:
-    batch, length, width = h.shape
-    qkv = _linear(h, weights, f"{name}.qkv").view(batch, length, 3, -1, config.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, S + T, d)
-    if config.qk_norm:
-        q = _norm(q, weights, f"{name}.q_norm", "rmsnorm")
-        k = _norm(k, weights, f"{name}.k_norm", "rmsnorm")
-    if config.rope:
-        cosine, sine = weights["rope_cos"], weights["rope_sin"]
-        if config.flip:
-            cosine, sine = cosine.flip(0), sine.flip(0)
-        q = torch.cat([q[:, :, :prefix], _rotate(q[:, :, prefix:], cosine, sine)], 2)
-        k = torch.cat([k[:, :, :prefix], _rotate(k[:, :, prefix:], cosine, sine)], 2)
-    logits = q @ k.transpose(-1, -2) / (math.sqrt(config.head_dim) * temperature)
-    later = torch.ones(length, length, dtype=torch.bool, device=h.device).triu(1)
-    out = logits.masked_fill(later, -math.inf).softmax(-1) @ v
-    return _linear(out.transpose(1, 2).reshape(batch, length, width), weights, f"{name}.proj")
-
-
-def _mlp(h: Tensor, weights: Weights, config: BlockConfig, name: str) -> Tensor:
-    h = _linear(h, weights, f"{name}.fc1")
-    if config.gate == "swiglu":
-        gate, value = h.chunk(2, -1)
-        h = F.silu(gate) * value
-    else:
-        h = F.gelu(h)
-    return _linear(h, weights, f"{name}.fc2")
-
-
-def block_params(
-    x: Tensor,
-    weights: Weights,
-    config: BlockConfig,
-    *,
-    y: Tensor | None = None,
-    context: Tensor | None = None,
-    attn_temp: float = 1.0,
-) -> Tensor:
-    """The raw parameters of every token in one parallel pass.
-
-    x: (B, T, D) in data order. Returns (B, T, 2D) (or D with shift_only), rows aligned with the tokens in data order
-    (the shift by one is done), so they go into the affine op with causal=False. weights: the state_dict of one block,
-    in x's dtype. y, context as in `ops.decode_block`; attn_temp divides the attention logits.
-    """
-    if config.flip:
-        x = x.flip(1)
-    if config.start_token:
-        x = torch.cat([weights["start_token"].expand(x.shape[0], 1, -1), x[:, :-1]], 1)
-    h = _linear(x, weights, "proj_in")
-    if config.pos_embed:
-        h = h + (weights["pos_embed"].flip(0) if config.flip else weights["pos_embed"])
-    added, prefix = _condition(weights, config, x.shape[0], y, context)
-    h = torch.cat([prefix, h + added], 1)
-    for j in range(config.layers):
-        name = f"layers.{j}"
-        normed = _norm(h, weights, f"{name}.norm1", config.norm)
-        h = h + _attention(normed, weights, config, name, prefix.shape[1], attn_temp)
-        h = h + _mlp(_norm(h, weights, f"{name}.norm2", config.norm), weights, config, name)
-    raw = _linear(h[:, prefix.shape[1] :], weights, "proj_out")
-    if not config.start_token:
-        raw = torch.cat([torch.zeros_like(raw[:, :1]), raw[:, :-1]], 1)
-    return raw.flip(1) if config.flip else raw
-
-
-def _halves(raw: Tensor, config: BlockConfig) -> tuple[Tensor, Tensor]:
-    """Raw (scale, shift) of what the network wrote."""
-    if config.shift_only:
-        return torch.zeros_like(raw), raw
-    if config.layout == "interleaved":
-        return raw[..., 0::2], raw[..., 1::2]
-    first, second = raw.chunk(2, -1)
-    return (first, second) if config.layout == "scale_shift" else (second, first)
 
 
 def decode_block(
@@ -137,26 +27,30 @@ def decode_block(
     anneal: bool = True,
     attn_temp: float = 1.0,
 ) -> Tensor:
-    """`ops.decode_block` in plain torch: token n from a whole parallel pass over the tokens decoded so far."""
+    """T whole parallel passes: token n from the pass over the tokens before it."""
     x = torch.zeros_like(z)
     for n in range(config.tokens):
-        a, b = _halves(block_params(x, weights, config, y=y, context=context), config)
-        if guidance > 0:
-            null = block_params(x, weights, config, context=null_context, attn_temp=attn_temp)
-            null_a, null_b = _halves(null, config)
-            g = guidance * n / max(config.tokens - 1, 1) if anneal else guidance
-            if "a" in guide:
-                a = a + g * (a - null_a)
-            if "b" in guide:
-                b = b + g * (b - null_b)
+        raw = block_params(
+            x,
+            weights,
+            config,
+            y=y,
+            context=context,
+            null_context=null_context,
+            guidance=guidance,
+            guide=guide,
+            anneal=anneal,
+            attn_temp=attn_temp,
+        )
         t = config.tokens - 1 - n if config.flip else n
-        x = x.clone()
-        x[:, t : t + 1] = affine_decode(
+        new = inverse(
             z[:, t : t + 1],
-            torch.cat([a, b], -1)[:, t : t + 1],
-            scale="exp" if config.shift_only else config.scale,  # a shift alone: exp(0) = 1
+            raw[:, t : t + 1],
+            shift_only=config.shift_only,
+            layout=config.layout,
+            scale=config.scale,
             clip=config.clip,
             clip_on=config.clip_on,
-            causal=False,
         )
+        x = torch.cat([x[:, :t], new, x[:, t + 1 :]], 1)
     return x

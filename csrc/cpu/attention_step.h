@@ -22,10 +22,18 @@ inline void append(const CacheShape& c, float* cache, int t, const float* key, c
       for (int j = 0; j < n; ++j) std::memcpy(k + (i / 2 + j) * kKeyBlock, word + j, sizeof(uint32_t));
     }
     v += static_cast<int64_t>(t / 2) * c.d_padded;
+    vfloat bad = {};                         // NaN where a value is not finite
     for (int i = 0; i < c.d; i += kLanes) {  // the second token of a pair comes later
-      const vuint bits = rounded_bf16(part(value + i, c.d - i));
+      const vfloat x = part(value + i, c.d - i), off = x - x;
+      bad += off;
+      const vuint bits = off == off ? rounded_bf16(x) : vuint{};
       const vuint words = t % 2 ? (load_words(v + i) & 0xffffu) | (bits & 0xffff0000u) : bits >> 16;
       store(v + i, reinterpret_cast<vfloat>(words));
+    }
+    // Values are read with weight 0 by queries before t: they stay finite, and the key is NaN, for those from t on.
+    if (const float sum = reduce_add(bad); sum != sum) {
+      constexpr uint32_t kNan = 0x7fc07fc0u;
+      std::memcpy(k, &kNan, sizeof kNan);
     }
   } else {
     for (int i = 0; i < c.d; ++i) k[i * kKeyBlock] = key[i];
