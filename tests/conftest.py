@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import biflow.ops  # noqa: F401  (the fixtures call its torch ops)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():

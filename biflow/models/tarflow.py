@@ -163,8 +163,8 @@ class TarFlow(nn.Module):
             y: class labels (B,) int64; -1 or None: unconditional (the mean class embedding).
             context: (B,S,context_dim) of x's dtype, or None (one learned null token).
             return_states: also return the trajectory.
-            precision: None: the differentiable pass, in x's dtype. "fp32", "bf16": the packed kernels of `decode`, faster
-                on a CPU (docs/results.md), for fp32 models; no gradient. In bf16 the layers' weights, and what they
+            precision: None: the differentiable pass, in x's dtype. "fp32", "bf16": the packed kernels of `decode`, for
+                fp32 models, faster on a CPU (docs/results.md); no gradient. In bf16 the layers' weights, and what they
                 multiply, are rounded; z and logdet are fp32.
 
         Returns:
@@ -184,7 +184,7 @@ class TarFlow(nn.Module):
         check_decoding(precision, solvers.PRECISIONS, weight)
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             raise RuntimeError(
-                f"precision: expected None where a gradient is wanted, or a call under torch.no_grad(); got {precision!r}"
+                f"precision: expected None where a gradient is wanted, or torch.no_grad() around; got {precision!r}"
             )
         with torch.autocast(weight.device.type, enabled=False):
             states, logdet = [patchify(x, c.patch_size)], 0.0

@@ -1,0 +1,114 @@
+"""What the models do with packed weights: density in a precision, frozen weights, bf16 decodes."""
+
+import contextlib
+
+import pytest
+import torch
+from tiny import make_condition, make_flow
+
+VARIANTS = {
+    "plain": {},
+    "classes": {"num_classes": 3},
+    "start-token": {"start_token": True, "scale": "softplus", "clip": ("tanh", 4.0)},
+    "shift-only": {"shift_only": True},
+    "modern": {
+        "norm": "rmsnorm", "gate": "swiglu", "qk_norm": True, "rope": True, "num_classes": 3, "class_tokens": 2,
+    },
+    "context": {"context_dim": 5},
+}  # fmt: skip
+
+
+def rms(x):
+    return x.square().mean().sqrt()
+
+
+def images(flow, batch=5):
+    c = flow.config
+    return torch.randn(batch, c.in_channels, c.img_size, c.img_size, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_density_in_fp32_is_that_of_the_differentiable_pass(name, isa):
+    flow = make_flow(std=0.1, **VARIANTS[name])
+    flow.var.uniform_(0.5, 2.0)
+    x = images(flow)
+    y, context = make_condition(flow, len(x))
+    exact = flow.double().encode(x.double(), y, None if context is None else context.double(), return_states=True)
+    flow.float()
+    plain = flow.encode(x, y, context, return_states=True)
+    packed = flow.encode(x, y, context, return_states=True, precision="fp32")
+    assert len(packed[2]) == len(plain[2]) == flow.config.num_blocks + 1
+    for got, same, want in zip(
+        [*packed[:2], *packed[2]], [*plain[:2], *plain[2]], [*exact[:2], *exact[2]], strict=True
+    ):
+        assert got.dtype == torch.float32
+        floor = torch.finfo(torch.float32).eps * rms(want)
+        assert rms(got - want) <= 2 * rms(same - want) + floor
+    assert torch.equal(flow.log_prob(x, y, context, precision="fp32"), flow._log_prob(*packed[:2]))
+    torch.testing.assert_close(
+        flow.bits_per_dim(x, y, context, precision="fp32"), flow.bits_per_dim(x, y, context), atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_density_in_bf16_is_near_and_another(isa):
+    flow = make_flow(std=0.1, num_classes=3)
+    x = images(flow)
+    y, _ = make_condition(flow, len(x))
+    z, logdet = flow.encode(x, y)
+    coarse, coarse_logdet = flow.encode(x, y, precision="bf16")
+    assert 1e-5 < (coarse - z).abs().max() < 0.05
+    assert 1e-6 < (coarse_logdet - logdet).abs().max() < 0.2
+
+
+def test_density_without_gradient_says_so():
+    flow = make_flow()
+    with pytest.raises(RuntimeError, match=r"precision: expected None where a gradient is wanted.*got 'fp32'"):
+        flow.encode(images(flow), precision="fp32")
+    with torch.no_grad(), pytest.raises(ValueError, match="precision: expected one of fp32, bf16, got 'fp8'"):
+        flow.log_prob(images(flow), precision="fp8")
+    with torch.no_grad(), pytest.raises(TypeError, match=r"expected a model of torch\.float32 weights"):
+        flow.double().encode(images(flow).double(), precision="fp32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_weights_are_looked_at_once(precision):
+    flow = make_flow(std=0.1)
+    z = torch.randn(2, flow.config.tokens, flow.config.channels, generator=torch.Generator().manual_seed(0))
+    before = flow.decode(z, precision=precision)
+    with flow.frozen():
+        assert torch.equal(flow.decode(z, precision=precision), before)
+        flow.blocks[1].proj_out.bias.data.add_(0.5)
+        with flow.frozen():
+            assert torch.equal(flow.decode(z, precision=precision), before), "inside nobody looks"
+        assert torch.equal(flow.decode(z, precision=precision), before), "an inner end is not the outer one"
+    after = flow.decode(z, precision=precision)
+    assert not torch.allclose(after, before, atol=0.1), "outside every change is seen"
+    flow.blocks[0].proj_out.bias.data.add_(0.5)
+    with flow.frozen():
+        assert not torch.allclose(flow.decode(z, precision=precision), after, atol=0.1), "frozen as they are now"
+
+
+def test_frozen_ends_with_an_error():
+    flow = make_flow(std=0.1)
+    z = torch.zeros(1, flow.config.tokens, flow.config.channels)
+    before = flow.decode(z)
+    with contextlib.suppress(ZeroDivisionError), flow.frozen():
+        flow.decode(z)
+        raise ZeroDivisionError
+    flow.blocks[0].proj_out.bias.data.add_(0.5)
+    assert not torch.equal(flow.decode(z), before)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bf16_decodes_what_fp32_does_up_to_its_rounding(name, isa):
+    flow = make_flow(std=0.1, **VARIANTS[name])
+    y, context = make_condition(flow, 4)
+    z = torch.randn(4, flow.config.tokens, flow.config.channels, generator=torch.Generator().manual_seed(0))
+    options = {"guidance": 1.0} if y is not None or context is not None else {}
+    exact = flow.decode(z, y, context, **options)
+    coarse, info = flow.decode(z, y, context, precision="bf16", return_info=True, **options)
+    assert coarse.dtype == torch.float32
+    assert 0 < rms(coarse - exact) < 0.03 * rms(exact)
+    assert 1e-6 < info.residual.max() < 0.1, "the certificate is of the exact, fp32 pass: it shows the rounding"
