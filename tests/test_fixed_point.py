@@ -94,7 +94,7 @@ def test_drafts_come_first_and_end_at_their_floor(gain, drafts):
 def test_drafts_alone_never_count():
     """A draft that is at rest at once is followed by a pass."""
     block = Chain(100, [0.0], has_draft=True)
-    x, passes, fallbacks = solvers.solve(block, ones(1, 100), Condition(), Method("jacobi"), 1e-5)
+    _, passes, fallbacks = solvers.solve(block, ones(1, 100), Condition(), Method("jacobi"), 1e-5)
     assert (block.drafts, passes, fallbacks) == (1, 2, ())
 
 
