@@ -203,7 +203,7 @@ class Machine:
         return x, passes, (0,) if key in self.lost else ()
 
     def calibrate(self, flow, **options):
-        options = {"batches": (2,), "repetitions": 3, **options}
+        options = {"batches": (2,), "precisions": ("fp32",), "repetitions": 3, **options}
         return biflow.calibrate(flow, clock=lambda: self.now, **options)
 
 
@@ -342,27 +342,25 @@ def test_the_command_writes_into_the_file(model, capsys):
     assert cli.main([*line, "--guidance", "0", "--guidance", "1"]) == 0
     captured = capsys.readouterr()
     after = biflow.load(model)
-    assert [(e.batch, e.guidance) for e in after.policy.entries] == [(1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0)]
+    situations = [(p, batch, g) for p in ("bf16", "fp32") for batch in (1, 2) for g in (0, 1)]
+    assert [(e.precision, e.batch, e.guidance) for e in after.policy.entries] == situations
     assert all(
         torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
     )
     assert checkpoint.describe(model)["metadata"]["step"] == 3
     rows = captured.out.splitlines()
     assert rows[0].split() == ["device", "precision", "batch", "guidance", "block", "solver", "window", "passes", "ms"]
-    assert [row.split()[:5] for row in rows[1:5]] == [
-        ["cpu", "fp32", "1", "0", "0"], ["cpu", "fp32", "1", "1", "0"],
-        ["cpu", "fp32", "2", "0", "0"], ["cpu", "fp32", "2", "1", "0"],
-    ]  # fmt: skip
-    assert rows[5:] == [f"{model}: calibrated"]
+    assert [row.split()[:5] for row in rows[1:-1]] == [["cpu", p, str(n), str(g), "0"] for p, n, g in situations]
+    assert rows[-1] == f"{model}: calibrated"
     assert "calibrate: 100%" in captured.err
     assert cli.main(["info", str(model)]) == 0
     found = yaml.safe_load(capsys.readouterr().out)
     assert found["metadata"] == {"step": 3}
-    assert [(e["batch"], len(e["blocks"])) for e in found["policy"]] == [(1, 1), (1, 1), (2, 1), (2, 1)]
+    assert [(e["batch"], len(e["blocks"])) for e in found["policy"]] == [(n, 1) for _, n, _ in situations]
     assert re.fullmatch(r"(sequential|jacobi|windowed 16), \d+ passes, [\d.e+-]+ ms", found["policy"][0]["blocks"][0])
     assert cli.main([*line, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
-    assert len(biflow.load(model).policy.entries) == 4, "calibrated again, with the guided ones kept"
+    assert len(biflow.load(model).policy.entries) == 8, "calibrated again, with the guided ones kept"
 
 
 def test_the_command_writes_elsewhere(model, tmp_path):

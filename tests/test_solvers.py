@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import BATCH, VARIANTS, make_condition, make_flow, noise
 
-from biflow import solvers
+from biflow import ops, solvers
 from biflow.solvers import Condition, Guidance, Measurement, Method
-from biflow.solvers.fixed_point import MAX_PASSES, fixed_point
+from biflow.solvers.fixed_point import MAX_DRAFTS, MAX_PASSES, fixed_point
 
 LONG = {"img_size": 10, "num_blocks": 2}  # 25 tokens
 
@@ -30,7 +30,7 @@ class Altered:
     def iterate(self, z, condition):
         iterate = self.block.iterate(z, condition)
         update = iterate.update
-        iterate.update = lambda start, stop: self.report(update(start, stop))
+        iterate.update = lambda *window, **options: self.report(update(*window, **options))
         return iterate
 
 
@@ -112,7 +112,7 @@ def test_a_tolerance_below_rounding_ends_in_sequential_decoding():
 
 def test_tolerances_that_bf16_cannot_meet_are_raised():
     assert solvers.effective_tol(1e-5, "fp32") == 1e-5
-    assert solvers.effective_tol(1e-5, "bf16") == 1e-3
+    assert solvers.effective_tol(1e-5, "bf16") == 1e-2
     assert solvers.effective_tol(0.1, "bf16") == 0.1
 
 
@@ -140,25 +140,30 @@ def strong_flow(scale=1.0, **options):
 
 @pytest.mark.parametrize("options", [{"solver": "jacobi"}, {"solver": "windowed", "window": 32}])
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
-def test_coupling_too_strong_to_iterate_still_decodes_right(options, guidance):
+def test_coupling_too_strong_to_iterate_still_decodes_right(options, guidance, isa):
+    """With drafts, which settle some tokens before the passes that are counted, some samples of block 0 converge."""
     flow = strong_flow(3.0, num_classes=3)
     z, y = noise(flow), torch.tensor([0, 1, 2, -1])
     want, exact = flow.decode(z, y, guidance=guidance, solver="sequential", return_info=True)
     x, info = flow.decode(z, y, guidance=guidance, return_info=True, **options)
-    assert info.fallbacks == (tuple(range(BATCH)),) * 2, "reported"
-    assert max(info.passes) <= MAX_PASSES + 63, "bounded"
-    assert torch.equal(x, want)
-    assert torch.equal(info.residual, exact.residual)
+    drafts, windows, everyone = ops.has_fast_bf16(), 64 // options.get("window", 64), tuple(range(BATCH))
+    failed = list(info.fallbacks[0])
+    assert info.fallbacks[1] == everyone, "reported"
+    assert failed if drafts else info.fallbacks[0] == everyone
+    assert max(info.passes) <= windows * (drafts * MAX_DRAFTS + MAX_PASSES) + 63, "bounded"
+    assert torch.equal(x[failed], want[failed])
+    assert torch.equal(info.residual[failed], exact.residual[failed])
     assert (info.residual <= 1e-4).all()
+    assert (x - want).abs().max() <= 1e-3
 
 
-def test_coupling_is_what_makes_it_fall_back():
+def test_coupling_is_what_makes_it_fall_back(isa):
     """The same flow, weaker and weaker: at some point the iteration takes over, and is right on both sides."""
-    kinds = set()
-    for scale in (1.0, 0.3, 0.1, 0.03, 0.01):
-        flow = strong_flow(scale)
-        x, info = flow.decode(noise(flow), solver="jacobi", return_info=True)
-        assert (x - flow.decode(noise(flow), solver="sequential")).abs().max() <= 1e-3
+    kinds, y = set(), torch.tensor([0, 1, 2, -1])
+    for scale in (3.0, 0.3, 0.1, 0.03, 0.01):
+        flow = strong_flow(scale, num_classes=3)
+        x, info = flow.decode(noise(flow), y, solver="jacobi", return_info=True)
+        assert (x - flow.decode(noise(flow), y, solver="sequential")).abs().max() <= 1e-3
         assert (info.residual <= 1e-4).all()
         kinds |= {len(f) for f in info.fallbacks}
     assert {0, BATCH} <= kinds
@@ -322,7 +327,8 @@ def test_info_counts_passes_per_block():
         for p in free.blocks[1].proj_out.parameters():
             p.zero_()  # the identity: z is right from the beginning
     assert coupled.decode(noise(coupled), solver="jacobi", return_info=True)[1].passes[1] > 3
-    assert free.decode(noise(free), solver="jacobi", return_info=True)[1].passes[1] == 1, "in encode order"
+    passes = free.decode(noise(free), solver="jacobi", return_info=True)[1].passes
+    assert passes[1] == 1 + ops.has_fast_bf16(), "in encode order; a draft counts"
 
 
 # --- auto
