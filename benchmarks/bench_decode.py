@@ -1,6 +1,7 @@
 """Exact decoding of whole flows: every solver and precision of biflow against eager PyTorch and others.
 
-What a user calls is timed: `flow.decode(z)`, checks and images included. Contestants: biflow; the eager loop
+What a user calls is timed: `flow.decode(z)`, checks and images included, on frozen weights (`flow.frozen()`): the peers
+do not look for changed weights either. Contestants: biflow; the eager loop
 (biflow.evaluate.eager_decode); a static-cache step under torch.compile (opt-in); a checkout of apple/ml-tarflow
 (opt-in). docs/benchmarks.md says how each number comes about.
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from biflow import solvers
+from biflow.calibration import calibrate
 from biflow.checkpoint import load
 from biflow.models import TarFlow
 from biflow.models.layers import patchify
@@ -141,7 +143,10 @@ def run(
         flow = flows.pop(name)  # the largest is freed before the next one is packed
         for batch in batches or ((1, 16) if quick else BATCHES.get(name, (1, 16, 64))):
             _say(f"{name}, batch {batch}")
-            rows += _case(plan, name, flow, batch, wrong)
+            with flow.frozen():
+                if ("auto", None) in plan.ways and model is None:  # a checkpoint may bring its own policy
+                    calibrate(flow, batches=(batch,), precisions=plan.precisions, repetitions=3)
+                rows += _case(plan, name, flow, batch, wrong)
             work |= {(name, batch, kind): steps_work(flow, batch, kind) for kind in kinds}
     _say("limits of the machine, again")
     measured = limits.best(first, limits.measure(sizes, quick=quick))
