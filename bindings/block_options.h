@@ -1,11 +1,12 @@
 // What the bindings of a flow block's ops share: checks, the block's shape, its condition, the crews.
 #pragma once
 
+#include <time.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -91,20 +92,28 @@ inline BlockCondition make_condition(const char* op, const BlockShape& s, int64_
 }
 
 // When more than one thread is worth its while. On a machine with other load a thread that a call needs may not be
-// running: the call then waits for a time slice of the operating system, many times its own length. Such a wait is paid
-// for by calls on one thread, until they have taken ten times as long.
+// running: the call then waits for a time slice of the operating system, many times its own length. Time that is lost
+// so is paid for by calls on one thread, until they have taken ten times as long.
 class Contention {
  public:
   int threads() const {
-    return now() < quiet_until_.load(std::memory_order_relaxed) ? 1 : torch::stable::get_num_threads();
+    return wall() < quiet_until_.load(std::memory_order_relaxed) ? 1 : torch::stable::get_num_threads();
   }
-  void waited(int64_t nanoseconds) {
-    if (nanoseconds > kNoise) quiet_until_.store(now() + 10 * nanoseconds, std::memory_order_relaxed);
+  // waited: of a call that took `took`, the nanoseconds until its last thread came or ran. Some are usual: threads do
+  // not start at once, and shares are not equal.
+  void report(int64_t waited, int64_t took) {
+    if (waited > kUsual && 4 * waited > took) quiet_until_.store(wall() + 10 * waited, std::memory_order_relaxed);
   }
-  static int64_t now() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+  static int64_t wall() { return nanoseconds(CLOCK_MONOTONIC); }
+  static int64_t running() { return nanoseconds(CLOCK_THREAD_CPUTIME_ID); }  // of this thread
 
  private:
-  static constexpr int64_t kNoise = 200000;
+  static int64_t nanoseconds(clockid_t clock) {
+    timespec t;
+    clock_gettime(clock, &t);
+    return t.tv_sec * int64_t{1000000000} + t.tv_nsec;
+  }
+  static constexpr int64_t kUsual = 200000;
   std::atomic<int64_t> quiet_until_{0};
 };
 
@@ -133,12 +142,18 @@ void run_crews(const Params& p, int64_t rows_per_sample, int64_t max_rows, Scrat
   s.parts = parts.data();
   s.scratch = memory.get();
   if (s.workers() == 1) return kernel(p, s, 0);
-  int64_t own_end = 0;  // when the calling thread, which has the first share, had done its own
+  const int64_t start = Contention::wall();
+  int64_t own_end = start;         // when the calling thread, which has the first share, had done its own
+  std::atomic<int64_t> paused{0};  // the longest time that a thread was not running in between
   torch::stable::parallel_for(0, s.workers(), 1, [&](int64_t begin, int64_t end) {
+    const int64_t wall = Contention::wall(), running = Contention::running();
     for (int64_t worker = begin; worker < end; ++worker) kernel(p, s, static_cast<int>(worker));
-    if (begin == 0) own_end = Contention::now();
+    const int64_t now = Contention::wall(), lost = (now - wall) - (Contention::running() - running);
+    for (int64_t most = paused; lost > most && !paused.compare_exchange_weak(most, lost);) continue;
+    if (begin == 0) own_end = now;
   });
-  contention().waited(Contention::now() - own_end + parts[0].stalled);
+  const int64_t end = Contention::wall();
+  contention().report(std::max(end - own_end, paused.load()), end - start);
 }
 
 }  // namespace biflow

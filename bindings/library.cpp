@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(biflow, m) {
   m.def("cpu_isa() -> str");
   m.def("force_cpu_isa(str name) -> ()");
 
-  // one flow block: weights in the order of csrc/decode_block.h; the exact sequential inverse
+  // one flow block: weights in the order of csrc/block.h; the exact sequential inverse
   m.def(
       "pack_block(Tensor[] weights, *, int tokens, int channels, int width, int layers, int head_dim, int mlp_hidden, "
       "str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, bool shift_only, str precision) "

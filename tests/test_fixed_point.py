@@ -219,7 +219,29 @@ NAN = float("nan")
 
 
 def test_update_and_residual_must_both_be_small():
-    assert Script([[1e-9, 1.0], [1.0, 1e-9], [1e-9, 1e-9]]).run() == ([True], 3)
+    assert Script([[1e-6, 1.0], [1.0, 1e-9], [1e-9, 1e-9]]).run() == ([True], 3)
+
+
+def test_what_rests_has_converged_whatever_a_small_sigma_makes_of_the_residual():
+    """(x - b) / sigma is off by eps |b| / sigma at best."""
+    assert Script([[1e-2, 1.0], [2e-7, 1e-3]]).run() == ([True], 2)
+    assert Script([[1e-6, 1e-3]] * 8).run() == ([False], 7), "it still moves"
+
+
+def test_a_draft_that_overflows_is_forgotten():
+    class Wild(Script):
+        has_draft = True
+
+        def update(self, start, stop, *, draft=False):
+            if not draft:
+                assert self.x.isfinite().all(), "the passes that count begin at z"
+                return super().update(start, stop)
+            self.x[1] = NAN
+            return torch.tensor([[1e-3, NAN], [1e-3, NAN]])
+
+    script = Wild([1e-6], [1e-6])
+    _, converged, _ = fixed_point(script, script.x, Condition(), 100, 1e-5)
+    assert converged.tolist() == [True, True]
 
 
 @pytest.mark.parametrize("bad", [NAN, [NAN, 0.0], [0.0, NAN], float("inf")])

@@ -112,3 +112,46 @@ def test_bf16_decodes_what_fp32_does_up_to_its_rounding(name, isa):
     assert coarse.dtype == torch.float32
     assert 0 < rms(coarse - exact) < 0.03 * rms(exact)
     assert 1e-6 < info.residual.max() < 0.1, "the certificate is of the exact, fp32 pass: it shows the rounding"
+
+
+def test_frozen_by_two_that_overlap():
+    """One that began first may end first."""
+    flow = make_flow(std=0.1)
+    z = torch.zeros(1, flow.config.tokens, flow.config.channels)
+    first, second = flow.frozen(), flow.frozen()
+    first.__enter__()
+    second.__enter__()
+    before = flow.decode(z)
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    flow.blocks[0].proj_out.bias.data.add_(0.5)
+    assert not torch.equal(flow.decode(z), before)
+
+
+def test_unchanged_weights_are_packed_once(monkeypatch):
+    from biflow import ops
+
+    flow = make_flow(std=0.1)
+    z = torch.zeros(1, flow.config.tokens, flow.config.channels)
+    packed = []
+    monkeypatch.setattr(ops, "pack_block", lambda *a, pack=ops.pack_block: packed.append(a[-1]) or pack(*a))
+    for _ in range(2):
+        flow.decode(z)
+        with flow.frozen():
+            flow.decode(z, precision="bf16")
+            flow.decode(z, solver="jacobi")
+    assert sorted(packed) == ["bf16"] * 3 + ["fp32"] * 3
+
+
+@pytest.mark.parametrize("solver", ["sequential", "jacobi"])
+def test_another_default_dtype_changes_nothing(solver):
+    flow = make_flow(std=0.1)
+    z = torch.randn(2, flow.config.tokens, flow.config.channels)
+    x = flow.decode(z, solver=solver)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(flow.decode(z, solver=solver), x)
+        with torch.no_grad():
+            assert flow.encode(x, precision="fp32")[0].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

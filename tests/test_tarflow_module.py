@@ -55,9 +55,9 @@ def test_decode_sees_changed_weights(change):
     flow, other = make_flow(num_classes=3), make_flow(num_classes=3, seed=1)
     y, z = torch.tensor([0, 1, 2, -1]), noise(flow)
     before = flow.decode(z, y)
-    packed = flow.blocks[0].packed()
+    (packed,) = flow.blocks[0].packed("fp32")
     flow.decode(z, y)
-    assert flow.blocks[0].packed() is packed, "unchanged weights are packed once"
+    assert flow.blocks[0].packed("fp32")[0] is packed, "unchanged weights are packed once"
     flow.log_prob(images(flow), y).sum().backward()
     CHANGES[change](flow, other)
     after, info = flow.decode(z, y, return_info=True)
@@ -278,7 +278,7 @@ def test_refuses_conditions_of_other_models():
 
 def test_refuses_to_pack_weights_of_another_device():
     with pytest.raises(ValueError, match="decode: weights: expected a CPU tensor, got one on meta"):
-        make_flow().to("meta").blocks[0].packed()
+        make_flow().to("meta").blocks[0].packed("fp32")
 
 
 def test_refuses_to_decode_in_fp64():

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,8 @@ from biflow.ops import BlockConfig
 from biflow.ops._checks import check_device
 from biflow.ops._weights import weights_key
 from biflow.solvers import Condition
+
+_FREEZING = threading.Lock()
 
 
 class Block(nn.Module):
@@ -51,7 +54,8 @@ class Block(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
         self._packed: dict[str, ops.BlockWeights] = {}  # by precision, of the weights whose key is
         self._packed_key: int | None = None
-        self._frozen = False
+        self._frozen = 0  # how many times, by whichever thread
+        self._looked = False  # whether they have been looked at since
 
     @property
     def causal(self) -> bool:
@@ -134,40 +138,44 @@ class Block(nn.Module):
         halves = halves[1:] if c.shift_only else halves
         return raw + weight * halves.repeat_interleave(c.channels) * (raw - other)
 
-    def packed(self, precision: str = "fp32") -> ops.BlockWeights:
-        """The weights as the ops read them, in a precision; packed again when their values changed, by whatever way.
+    def packed(self, *precisions: str) -> tuple[ops.BlockWeights, ...]:
+        """The weights as the ops read them, in each precision; packed again when their values changed, however.
 
-        Inside `frozen` nobody looks whether they did. torch.compile breaks its graph here: a graph could not tell.
+        Inside `frozen` they are looked at once. torch.compile breaks its graph here: a graph could not tell.
         """
-        if self._frozen and precision in self._packed:
-            return self._packed[precision]
-        check_device("decode: weights", self.proj_in.weight)
-        # one walk over the modules: parameters() and buffers() would be two, on the path of every decode
-        modules: list[nn.Module] = [self]
-        tensors: list[Tensor] = []
-        for module in modules:  # grows
-            modules += [m for m in module._modules.values() if m is not None]
-            tensors += [*module._parameters.values(), *module._buffers.values()]
-        key = weights_key([t for t in tensors if t is not None])
-        if key != self._packed_key:
-            self._packed, self._packed_key = {}, key
-        if precision not in self._packed:
-            named = [*self.named_parameters(), *self.named_buffers()]
-            weights = {k: v.detach() for k, v in named if not k.startswith(("context_proj", "null_context"))}
-            self._packed[precision] = ops.pack_block(weights, self.config, precision)
-        return self._packed[precision]
+        packed = self._packed  # replaced, never emptied: another thread may be reading it
+        if not (self._looked and all(p in packed for p in precisions)):
+            check_device("decode: weights", self.proj_in.weight)
+            # one walk over the modules: parameters() and buffers() would be two, on the path of every decode
+            modules: list[nn.Module] = [self]
+            tensors: list[Tensor] = []
+            for module in modules:  # grows
+                modules += [m for m in module._modules.values() if m is not None]
+                tensors += [*module._parameters.values(), *module._buffers.values()]
+            key = weights_key([t for t in tensors if t is not None])
+            packed = dict(packed) if key == self._packed_key else {}
+            missing = [p for p in precisions if p not in packed]
+            if missing:
+                named = [*self.named_parameters(), *self.named_buffers()]
+                weights = {k: v.detach() for k, v in named if not k.startswith(("context_proj", "null_context"))}
+                packed |= {p: ops.pack_block(weights, self.config, p) for p in missing}
+            self._packed, self._packed_key, self._looked = packed, key, self._frozen > 0
+        return tuple(packed[p] for p in precisions)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Inside, the weights must not change: they are looked at once for each precision, not on every call."""
-        before = self._frozen
-        if not before:
-            self._packed = {}  # what changed since the last call is seen
-        self._frozen = True
+        """Inside, the weights must not change: they are looked at once, not on every call."""
+        with _FREEZING:
+            if self._frozen == 0:
+                self._looked = False  # what changed since the last call is seen
+            self._frozen += 1
         try:
             yield
         finally:
-            self._frozen = before
+            with _FREEZING:
+                self._frozen -= 1
+                if self._frozen == 0:
+                    self._looked = False
 
     def _condition(self, condition: Condition, batch: int) -> dict:
         """The condition as the ops of a packed block take it."""
@@ -195,14 +203,15 @@ class Block(nn.Module):
     def decode_sequential(self, z: Tensor, condition: Condition) -> Tensor:
         """The exact inverse, token by token: z (B,T,D) in data order -> x (B,T,D) in data order."""
         given = self._condition(condition, z.shape[0])
-        return ops.decode_block(z, self.packed(condition.precision), self.config, **given)
+        (weights,) = self.packed(condition.precision)
+        return ops.decode_block(z, weights, self.config, **given)
 
     def encode_packed(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """`forward` with the packed weights of the condition's precision, guided: x (B,T,D) in data order -> z, logdet.
 
         In data order too, where `forward` works in block order. Not differentiable.
         """
-        weights = self.packed(condition.precision)
+        (weights,) = self.packed(condition.precision)
         raw = ops.block_params(x, weights, self.config, **self._condition(condition, x.shape[0]))
         return ops.affine_encode(x, self._both_halves(raw), **{**self._affine_options(), "causal": False})
 
@@ -215,13 +224,13 @@ class Block(nn.Module):
 
     def iterate(self, z: Tensor, condition: Condition) -> BlockIterate:
         """The fixed-point iteration towards the inverse of z (B,T,D), in data order."""
-        weights = self.packed(condition.precision)
-        draft = self.packed("bf16") if condition.precision == "fp32" and ops.has_fast_bf16() else None
-        return BlockIterate(weights, draft, z, self._condition(condition, z.shape[0]))
+        drafts = ("bf16",) if condition.precision == "fp32" and ops.has_fast_bf16() else ()
+        weights, *draft = self.packed(condition.precision, *drafts)
+        return BlockIterate(weights, draft[0] if draft else None, z, self._condition(condition, z.shape[0]))
 
     def _apply(self, fn, recurse=True):  # .to(), .cuda(), .double(): do not keep the old weights alive
-        self._packed, self._packed_key = {}, None
+        self._packed, self._packed_key, self._looked = {}, None, False
         return super()._apply(fn, recurse)
 
     def __getstate__(self):  # packed weights are a cache: not copied, not saved
-        return {**self.__dict__, "_packed": {}, "_packed_key": None, "_frozen": False}
+        return {**self.__dict__, "_packed": {}, "_packed_key": None, "_frozen": 0, "_looked": False}

@@ -22,7 +22,7 @@ class BlockIterate:
         self.x = self._z.clone()
         self._windows = ops.BlockWindows(weights, c, batch, **condition)
         self._drafts = ops.BlockWindows(draft, c, batch, **condition) if draft else None
-        self._moved = torch.empty(2, batch)
+        self._moved = torch.empty(2, batch, dtype=z.dtype, device=z.device)
         names = ("shift_only", "layout", "scale", "clip", "clip_on", "flip")
         self._affine = {name: getattr(c, name) for name in names}
 

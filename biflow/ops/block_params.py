@@ -48,7 +48,7 @@ def block_params(
     Source: TARFlow, arXiv 2412.06329, section 2; guidance: section 3.5.
     """
     check_block_call("x", x, weights, config, y, context, null_context, guidance, guide, anneal, attn_temp)
-    raw = torch.empty(x.shape[0], config.tokens, _raw_columns(config))
+    raw = torch.empty(x.shape[0], config.tokens, _raw_columns(config), dtype=x.dtype, device=x.device)
     check_buffer("raw", raw, tuple(raw.shape), (x, context, null_context))
     given = condition(weights, x.shape[0], y, context, null_context, guidance, guide, anneal, attn_temp)
     torch.ops.biflow.block_params_(
@@ -88,14 +88,17 @@ class BlockWindows:
         if batch < 0:
             raise ValueError(f"batch: expected an int >= 0, got {batch}")
         shape = (batch, config.tokens, config.channels)
+        if not isinstance(weights, BlockWeights):
+            raise TypeError(f"weights: expected the result of pack_block, got {type(weights).__name__}")
         check_block_call(
-            "x", torch.empty(1).expand(shape), weights, config, y, context, null_context, guidance, guide, anneal,
+            "x", weights.packed[:1].expand(shape), weights, config, y, context, null_context, guidance, guide, anneal,
             attn_temp,
         )  # fmt: skip
         self.config = config
         self._weights = weights
         self._given = condition(weights, batch, y, context, null_context, guidance, guide, anneal, attn_temp)
         self._options = _options(weights, self._given)
+        self._reads = (context, null_context)
         words = torch.ops.biflow.block_cache_size(
             prefix_tokens=self._given.prefix_tokens,
             tokens=config.tokens,
@@ -104,15 +107,15 @@ class BlockWindows:
             head_dim=config.head_dim,
             precision=weights.precision,
         )
-        self._cache = torch.zeros(batch * self._given.passes, words)
-        self.raw = torch.zeros(batch, config.tokens, _raw_columns(config))  # in data order; what calls write
+        self._cache = weights.packed.new_zeros(batch * self._given.passes, words)
+        self.raw = weights.packed.new_zeros(batch, config.tokens, _raw_columns(config))  # in data order; calls write it
 
     def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:
         """`raw`, (B, T, 2D) or (B, T, D), with the rows of the window written. x: (B, T, D), contiguous, in data order.
 
         Raises TypeError and ValueError for an x or a window that does not fit, RuntimeError where a gradient is wanted.
         """
-        check_buffer("x", x, (self.raw.shape[0], self.config.tokens, self.config.channels))
+        check_buffer("x", x, (self.raw.shape[0], self.config.tokens, self.config.channels), self._reads)
         check_window(start, stop, self.config.tokens)
         torch.ops.biflow.block_params_(
             x, self._weights.packed, *self._given.tensors, self.raw, self._cache, start=start, stop=stop,

@@ -21,7 +21,8 @@ class DecodeInfo:
     solver: "sequential", "jacobi" or "windowed".
     window: tokens a window; None unless windowed.
     passes: how often the network was evaluated, whatever the number of tokens in one evaluation: once a token by the
-        sequential solver, once a pass over a window by the others, and the sum of both where samples fell back.
+        sequential solver, once a pass over a window by the others (draft passes in bf16 included,
+        docs/decisions/0009), and the sum of both where samples fell back.
         Guidance makes two passes of each (conditional and unconditional), which count once.
     fallbacks: indices of the samples that did not converge and were decoded sequentially, ascending.
     """

@@ -21,8 +21,11 @@ from biflow.solvers.protocol import TOL_FLOORS, Condition, InvertibleBlock, Iter
 MAX_PASSES = 32
 # A pass over W tokens costs at most the arithmetic of W token steps, that is, one sequential decode of the window. Past
 # this many passes a sample stays only if at its present rate it would converge within MAX_PASSES. So a block that is
-# too strongly coupled costs PATIENCE + 1 times its sequential decode at most, and that decode; not W times.
+# too strongly coupled costs PATIENCE + 1 times its sequential decode at most, its drafts, and that decode; not W times.
 PATIENCE = 6
+# A sample whose update is a few roundings rests: its residual is then the rounding of (x - b) / sigma, which no pass
+# makes smaller, and which a small sigma makes large.
+RESTING = 4 * 2.0**-23
 # Drafts that have not come to their floor by then belong to a block that does not suit the iteration.
 MAX_DRAFTS = 8
 
@@ -33,7 +36,7 @@ def fixed_point(
     """Iterate the block to the inverse of z (B,T,D) in windows of `window` tokens.
 
     A sample has converged in a window when update and residual of the same pass, its last, are at most tol (in the
-    units of `Iterate.update`). The batch goes on until every sample has converged or is given up: because a value is
+    units of `Iterate.update`), or when it rests (RESTING). The batch goes on until every sample has converged or is given up: because a value is
     not finite (what that does to other tokens no longer matters, and samples never meet), because its error shrinks too
     slowly to meet tol within MAX_PASSES, or at the cap.
 
@@ -62,7 +65,9 @@ def _solve_window(iterate: Iterate, start: int, stop: int, tol: float, live: Ten
         for _ in range(min(iterate.look_every, cap - passes)):
             measured = iterate.update(start, stop)
             passes += 1
-        error = measured.amax(0)  # NaN stays NaN, and no comparison with NaN is true
+        update, residual = measured  # NaN stays NaN, and no comparison with NaN is true
+        resting = (update <= RESTING) & residual.isfinite()
+        error = torch.where(resting, update, torch.maximum(update, residual))
         converged = live & (error <= tol)
         live = live & error.isfinite()
         best.append(torch.minimum(best[-1], error) if best else error)
@@ -78,9 +83,12 @@ def _solve_window(iterate: Iterate, start: int, stop: int, tol: float, live: Ten
 
 def _draft_window(iterate: Iterate, start: int, stop: int, live: Tensor) -> int:
     """Draft passes until they cannot bring the samples of `live` nearer: they only choose where the others begin."""
-    most = min(stop - start, MAX_DRAFTS)
+    before = iterate.x.clone()
+    most = passes = min(stop - start, MAX_DRAFTS)
     for passes in range(1, most + 1):
-        error = iterate.update(start, stop, draft=True).amax(0)[live]
-        if not bool((error > TOL_FLOORS["bf16"]).any()):
-            return passes
-    return most
+        error = iterate.update(start, stop, draft=True).amax(0)
+        if not bool((error[live] > TOL_FLOORS["bf16"]).any()):
+            break
+    lost = ~error.isfinite()  # by bf16 alone, perhaps
+    iterate.x[lost] = before[lost]
+    return passes

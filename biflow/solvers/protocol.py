@@ -69,7 +69,7 @@ class Iterate(Protocol):
 
     @property
     def x(self) -> Tensor:
-        """(B,T,D) in data order, the current iterate; z before the first pass."""
+        """(B,T,D) in data order, the current iterate; z before the first pass. The solver may write into it."""
 
     def update(self, start: int, stop: int, *, draft: bool = False) -> Tensor:
         """One Jacobi pass over the tokens start .. stop-1 in BLOCK order, 0 <= start < stop <= T; (2,B) fp32.

@@ -79,7 +79,7 @@ class Trainer:
                     log.sync()
                     self.save()
         if self.step == steps:
-            checkpoint.save(self.average.model, self.out / "model.safetensors", {"step": self.step})
+            self._save_result(self.out / "model.safetensors")
         if signals:
             text = f"stopped by a signal at step {self.step} of {steps}, after writing a checkpoint to resume from"
             if signals[0] == signal.SIGINT:
@@ -87,6 +87,15 @@ class Trainer:
             tqdm.write(f"biflow: {text}", file=sys.stderr)  # the exit code takes the place of SystemExit's text
             raise SystemExit(128 + signals[0])
         return self.average.model
+
+    def _save_result(self, path: Path) -> None:
+        """Write the averaged model, unless it is there: what was added to the file since, a policy say, stays."""
+        try:
+            written = checkpoint.fingerprint(checkpoint.load(path))
+        except (FileNotFoundError, ValueError):
+            written = None
+        if written != checkpoint.fingerprint(self.average.model):
+            checkpoint.save(self.average.model, path, {"step": self.step})
 
     def save(self) -> None:
         """Write checkpoints/step_XXXXXXXX/{model,state}.safetensors."""

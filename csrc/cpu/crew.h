@@ -6,7 +6,6 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <thread>
 
@@ -17,7 +16,6 @@ namespace biflow::cpu {
 struct CrewPart {  // the last phase in which this part was claimed, done; apart, for others look at `done` only
   alignas(64) std::atomic<uint32_t> claimed{0};
   alignas(64) std::atomic<uint32_t> done{0};
-  int64_t stalled = 0;  // nanoseconds that the member waited for one that the operating system kept from running
 };
 
 // How B samples are divided: groups of samples whose rows are multiplied together, crews that take groups in turn,
@@ -68,9 +66,6 @@ class Member {
         count_(s.members),
         me_(worker % s.members) {}
 
-  ~Member() {
-    if (parts_) parts_[me_].stalled = stalled_;
-  }
   Member(const Member&) = delete;
   Member& operator=(const Member&) = delete;
 
@@ -79,7 +74,7 @@ class Member {
 
   // Runs work(part) for every part in [0, count()); returns when all are done. Every member must call the same phases.
   template <class Work>
-  void phase(Work&& work) {
+  void phase(Work&& work) noexcept {  // who threw would leave the others waiting
     if (count_ == 1) return work(0);
     ++now_;
     attempt(me_, work);
@@ -89,7 +84,7 @@ class Member {
         if (waited < kSpins)
           pause();
         else
-          stall(parts_[i].done);
+          std::this_thread::yield();
       }
   }
 
@@ -105,12 +100,6 @@ class Member {
     parts_[part].done.store(now_, std::memory_order_release);
   }
 
-  void stall(const std::atomic<uint32_t>& done) {  // gives way a few times
-    const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < kPatience && done.load(std::memory_order_acquire) < now_; ++i) std::this_thread::yield();
-    stalled_ += std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
-  }
-
   static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -122,7 +111,6 @@ class Member {
   CrewPart* parts_;
   int count_, me_;
   uint32_t now_ = 0;
-  int64_t stalled_ = 0;
 };
 
 }  // namespace BIFLOW_ISA

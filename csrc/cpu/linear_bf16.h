@@ -174,12 +174,16 @@ struct Bf16 {
     alignas(64) float values[kHigh * kTileColumns];
     for (int c = first; c < last; c += kTileColumns)
       for (int r = 0, count; r < rows; r += count) {
-        count = rows - r >= kHigh ? kHigh : 1;
+        count = rows - r >= kHigh ? kHigh : rows - r >= 2 ? 2 : 1;
         const Rounded* xr = x + r * x_stride;
         for (int i = 0; i < kTileColumns; i += kGroups * kColumnGroup) {
           const float *weight = packed + at.weight + (c + i) / kColumnGroup * words, *bias = packed + at.bias + c + i;
-          count == kHigh ? tile<kHigh, kGroups>(weight, words, bias, xr, x_stride, at.in, values + i)
-                         : tile<1, kGroups>(weight, words, bias, xr, x_stride, at.in, values + i);
+          if (count == kHigh)
+            tile<kHigh, kGroups>(weight, words, bias, xr, x_stride, at.in, values + i);
+          else if (count == 2)
+            tile<2, kGroups>(weight, words, bias, xr, x_stride, at.in, values + i);
+          else
+            tile<1, kGroups>(weight, words, bias, xr, x_stride, at.in, values + i);
         }
         sink(r, count, c, kTileColumns, values, kTileColumns);
       }
