@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import make_flow, noise
+from tiny_training import write_images
 
 import biflow
 from biflow import cli, solvers
 from biflow.cli import tools
 from biflow.models.layers import patchify
 
-NAMES = ("bench_decode", "bench_decode_block", "flows", "limits", "timing", "peers.compiled", "peers.ml_tarflow")
+NAMES = ("bench_decode", "bench_decode_block", "calibrated", "flows", "limits", "timing", "peers.compiled",
+         "peers.ml_tarflow")  # fmt: skip
 
 # A checkout with ml-tarflow's interface and this repository's oracle behind it.
 CHECKOUT = '''
@@ -332,3 +334,63 @@ def test_decode_block_on_one_block(b, monkeypatch):
     (row,) = b.bench_decode_block.run(quick=True, configs=["S"], batches=[2])
     assert (row["steps"], row["batch"]) == (15, 2)
     assert row["x_eager"] > 0
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(b, monkeypatch):
+    """Configs S and M of two small blocks, no training to speak of, times of a moment."""
+    for name, shape in (("S", {"img_size": 8, "patch_size": 2}), ("M", {"img_size": 10, "patch_size": 2})):
+        shape |= {"in_channels": 1, "width": 64, "num_blocks": 2, "layers_per_block": 1}
+        monkeypatch.setitem(b.flows.CONFIGS, name, shape)
+    monkeypatch.setattr(b.calibrated, "STEPS", 30)
+    monkeypatch.setattr(b.calibrated, "turns", lambda calls, rounds: b.timing.turns(calls, rounds, sample_s=0))
+
+
+def test_calibrated_flows_against_single_solvers(b, small, tmp_path, capsys):
+    data, files = write_images(tmp_path / "images.npz"), {name: tmp_path / f"rows.{name}" for name in ("json", "md")}
+    words = ["--quick", "--configs", "S,M", "--batches", "1,3", "--data", str(data)]
+    assert b.calibrated.main([*words, "--json", str(files["json"]), "--markdown", str(files["md"])]) == 0
+    found = json.loads(files["json"].read_text())
+    rows, cases = found["rows"], ("config", "weights", "batch", "precision")
+    assert found["wrong"] == []
+    assert {tuple(row[key] for key in cases) for row in rows} == {
+        (name, weights, batch, precision)
+        for name in "SM" for weights in ("random", "trained") for batch in (1, 3) for precision in solvers.PRECISIONS
+    }  # fmt: skip
+    assert len(rows) == 16
+    for row in rows:
+        singles = {key[:-3]: row[key] for key in row if key.endswith("_ms") and key not in ("auto_ms", "best_ms")}
+        windows = [] if row["config"] == "S" else ["windowed:16"]  # less than T only
+        assert list(singles) == ["sequential", "jacobi", *windows]
+        assert singles[row["best"]] == row["best_ms"] == min(singles.values())
+        assert min(row["auto_ms"], row["auto_over_best"]) > 0
+        assert row["met"] == (row["auto_over_best"] <= 1.15 or row["auto_ms"] - row["best_ms"] <= 0.2)
+        assert len(row["blocks"].split()) == 2
+    table = [line for line in files["md"].read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(rows)
+    assert len({line.count("|") for line in table}) == 1
+    met = sum(row["met"] for row in rows)
+    assert f"or 0.2 ms: {met} of 16" in capsys.readouterr().out
+
+
+def test_a_wrong_auto_has_no_time(b, small, monkeypatch, capsys):
+    def check(who, *arguments, right=b.calibrated.check, **options):
+        if who == "auto bf16":
+            raise b.calibrated.WrongResult("auto bf16: expected something else: not timed")
+        return right(who, *arguments, **options)
+
+    monkeypatch.setattr(b.calibrated, "check", check)
+    assert b.calibrated.main(["--quick", "--configs", "S", "--batches", "2"]) == 1
+    captured = capsys.readouterr()
+    assert "16 tokens, batch 2, auto bf16: expected something else: not timed" in captured.err
+    assert [line.split()[:4] for line in captured.out.splitlines()[1:-1]] == [["S", "random", "2", "fp32"]]
+
+
+def test_calibrated_refuses(b, tmp_path):
+    with pytest.raises(ValueError, match="configs: expected some of S, M, L, B/2, got 'XL'"):
+        b.calibrated.run(configs=["XL"])
+    with pytest.raises(ValueError, match="data: expected images of 3 channels for L, got 1"):
+        b.calibrated.run(configs=["L"], data=write_images(tmp_path / "images.npz"))
