@@ -36,9 +36,9 @@ def fixed_point(
     """Iterate the block to the inverse of z (B,T,D) in windows of `window` tokens.
 
     A sample has converged in a window when update and residual of the same pass, its last, are at most tol (in the
-    units of `Iterate.update`), or when it rests (RESTING). The batch goes on until every sample has converged or is given up: because a value is
-    not finite (what that does to other tokens no longer matters, and samples never meet), because its error shrinks too
-    slowly to meet tol within MAX_PASSES, or at the cap.
+    units of `Iterate.update`), or when it rests (RESTING). The batch goes on until every sample has converged or is
+    given up: because a value is not finite (what that does to other tokens no longer matters, and samples never meet),
+    because its error shrinks too slowly to meet tol within MAX_PASSES, or at the cap.
 
     Returns:
         x (B,T,D); converged (B,) bool, False for samples given up, whose x is garbage; passes, calls of `update`.
@@ -84,11 +84,11 @@ def _solve_window(iterate: Iterate, start: int, stop: int, tol: float, live: Ten
 def _draft_window(iterate: Iterate, start: int, stop: int, live: Tensor) -> int:
     """Draft passes until they cannot bring the samples of `live` nearer: they only choose where the others begin."""
     before = iterate.x.clone()
-    most = passes = min(stop - start, MAX_DRAFTS)
-    for passes in range(1, most + 1):
+    most, passes, near = min(stop - start, MAX_DRAFTS), 0, False
+    while passes < most and not near:
         error = iterate.update(start, stop, draft=True).amax(0)
-        if not bool((error[live] > TOL_FLOORS["bf16"]).any()):
-            break
+        passes += 1
+        near = not bool((error[live] > TOL_FLOORS["bf16"]).any())
     lost = ~error.isfinite()  # by bf16 alone, perhaps
     iterate.x[lost] = before[lost]
     return passes
