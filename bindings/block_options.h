@@ -102,7 +102,13 @@ class Contention {
   // waited: of a call that took `took`, the nanoseconds until its last thread came or ran. Some are usual: threads do
   // not start at once, and shares are not equal.
   void report(int64_t waited, int64_t took) {
-    if (waited > kUsual && 4 * waited > took) quiet_until_.store(wall() + 10 * waited, std::memory_order_relaxed);
+    if (waited <= kUsual || 4 * waited <= took) {
+      if (good_.fetch_add(1, std::memory_order_relaxed) == kForget) bad_.store(0, std::memory_order_relaxed);
+      return;
+    }
+    good_.store(0, std::memory_order_relaxed);
+    const int before = std::min(bad_.fetch_add(1, std::memory_order_relaxed), kMostDoublings);
+    quiet_until_.store(wall() + std::max(10 * waited, kQuiet << before), std::memory_order_relaxed);
   }
   static int64_t wall() { return nanoseconds(CLOCK_MONOTONIC); }
   static int64_t running() { return nanoseconds(CLOCK_THREAD_CPUTIME_ID); }  // of this thread
@@ -113,8 +119,11 @@ class Contention {
     clock_gettime(clock, &t);
     return t.tv_sec * int64_t{1000000000} + t.tv_nsec;
   }
-  static constexpr int64_t kUsual = 200000;
+  static constexpr int64_t kUsual = 200000, kQuiet = 5000000;  // nanoseconds
+  static constexpr int kMostDoublings = 6, kForget = 100;
   std::atomic<int64_t> quiet_until_{0};
+  std::atomic<int> bad_{0},
+      good_{0};  // calls on several threads that waited too long, and since then those that did not
 };
 
 inline Contention& contention() {  // of this process
@@ -143,17 +152,17 @@ void run_crews(const Params& p, int64_t rows_per_sample, int64_t max_rows, Scrat
   s.scratch = memory.get();
   if (s.workers() == 1) return kernel(p, s, 0);
   const int64_t start = Contention::wall();
-  int64_t own_end = start;         // when the calling thread, which has the first share, had done its own
-  std::atomic<int64_t> paused{0};  // the longest time that a thread was not running in between
+  int64_t own = 0;  // of the calling thread, which has the first share: libgomp waits before and after it
+  std::atomic<int64_t> paused{0};  // the longest time that a thread was not running within its share
   torch::stable::parallel_for(0, s.workers(), 1, [&](int64_t begin, int64_t end) {
     const int64_t wall = Contention::wall(), running = Contention::running();
     for (int64_t worker = begin; worker < end; ++worker) kernel(p, s, static_cast<int>(worker));
-    const int64_t now = Contention::wall(), lost = (now - wall) - (Contention::running() - running);
+    const int64_t took = Contention::wall() - wall, lost = took - (Contention::running() - running);
     for (int64_t most = paused; lost > most && !paused.compare_exchange_weak(most, lost);) continue;
-    if (begin == 0) own_end = now;
+    if (begin == 0) own = took;
   });
-  const int64_t end = Contention::wall();
-  contention().report(std::max(end - own_end, paused.load()), end - start);
+  const int64_t took = Contention::wall() - start;
+  contention().report(std::max(took - own, paused.load()), took);
 }
 
 }  // namespace biflow
