@@ -76,9 +76,16 @@ def test_sample_options_reach_an_exact_flow(runs, tmp_path):
         return np.load(out)["images"]
 
     plain = draw("plain")
-    for options in (["--no-denoise"], ["--temperature", "0.5"], ["--seed", "1"], ["--class", "none"]):
+    for options in (
+        ["--no-denoise"],
+        ["--temperature", "0.5"],
+        ["--seed", "1"],
+        ["--class", "none"],
+        ["--precision", "bf16"],
+    ):
         assert np.abs(draw(options[0], *options) - plain).max() > 0
     np.testing.assert_array_equal(draw("again", "--class", "all"), plain)
+    np.testing.assert_allclose(draw("jacobi", "--solver", "jacobi"), plain, atol=1e-4)
 
 
 def test_sampled_npz_is_data(runs, tmp_path):
@@ -224,6 +231,8 @@ BAD = {
     "class not a number": ("sample {runs}/flow --class three", "expected a class in [0, 10), all or none, got 'three'"),
     "negative guidance": ("sample {runs}/flow --guidance=-1", "guidance: expected a finite number >= 0, got -1"),
     "guidance not trained": ("sample {runs}/inverse --guidance 9", "guidance: expected at most 2 (as trained), got 9"),
+    "solver of an inverse": ("sample {runs}/inverse --solver jacobi", "--solver: expected with an exact flow"),
+    "precision of an inverse": ("sample {runs}/inverse --precision bf16", "precision: expected one of fp32, got"),
     "no-denoise of an inverse": ("sample {runs}/inverse --no-denoise", "--no-denoise: expected with an exact flow"),
     "output of another kind": ("sample {runs}/flow --out s.gif", "expected a file ending in .png or .npz"),
     "output nowhere": ("sample {runs}/flow --out {new}/s.png", "--out: expected an existing folder"),

@@ -1,5 +1,6 @@
 """What one does with a checkpoint: sample, calibrate, evaluate, info."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,6 +36,12 @@ def sample(
     temperature: Annotated[float, typer.Option("--temperature", help="Standard deviation of the noise.")] = 1.0,
     seed: Seed = 0,
     no_denoise: Annotated[bool, typer.Option("--no-denoise", help="Exact flow: keep the training noise.")] = False,
+    solver: Annotated[
+        str | None, typer.Option("--solver", help="Exact flow: sequential, jacobi, windowed or auto.  [default: auto]")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the decode: fp32, or bf16 with an exact flow.")
+    ] = "fp32",
 ) -> None:
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
@@ -56,16 +63,20 @@ def sample(
         guidance = min(1.0, limit) if y is not None else 0.0
     options = {}
     if isinstance(model, TarFlow):
-        options["denoise"] = False if no_denoise else None
+        options |= {"denoise": False if no_denoise else None, "solver": solver or "auto"}
     elif no_denoise:
         raise ValueError("--no-denoise: expected with an exact flow; a learned inverse ends in clean images")
+    elif solver is not None:
+        raise ValueError(f"--solver: expected with an exact flow; a learned inverse has one pass; got {solver!r}")
     options |= {"guidance": guidance, "temperature": temperature, "generator": torch.Generator().manual_seed(seed)}
-    images = torch.cat(
-        [
-            model.sample(min(BATCH, n - start), None if y is None else y[start : start + BATCH], **options)
-            for start in range(0, n, BATCH)
-        ]
-    )
+    options["precision"] = precision
+    with model.frozen() if isinstance(model, TarFlow) else contextlib.nullcontext():
+        images = torch.cat(
+            [
+                model.sample(min(BATCH, n - start), None if y is None else y[start : start + BATCH], **options)
+                for start in range(0, n, BATCH)
+            ]
+        )
     bad = n - int(images.isfinite().flatten(1).all(1).sum())
     if bad:
         typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
