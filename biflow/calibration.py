@@ -1,11 +1,9 @@
 """Which solver is fastest for which block of a flow, on this machine: what `solver="auto"` follows."""
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from tqdm import tqdm
 from biflow import solvers
 from biflow.config import check_number
 from biflow.models import TarFlow
-from biflow.models.layers import check_decoding, check_kernels
+from biflow.models.layers import check_decoding, check_kernels, device_name
 from biflow.solvers import Condition, Entry, Guidance, Measurement, Method, Policy
 
 WINDOWS = (16, 32, 64, 128)
@@ -96,7 +94,7 @@ def calibrate(
                 x, measurement = _fastest(block, x, condition, tol, repetitions, clock)
                 found.append(measurement)
                 bar.update()
-            situation = (device.type, _name(device), torch.get_num_threads(), precision, batch, guidance.scale)
+            situation = (device.type, device_name(device), torch.get_num_threads(), precision, batch, guidance.scale)
             entries.append(Entry(*situation, tuple(reversed(found))))
     flow.policy = old.replacing(tuple(entries))
     return flow.policy
@@ -139,15 +137,3 @@ def _check_counts(name: str, values: Sequence[int]) -> None:
             raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-def _name(device: torch.device) -> str:
-    """The name that the maker gave the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -394,3 +394,15 @@ def test_the_command_takes_flows_only(tmp_path, capsys):
     biflow.save(make_reverse(), tmp_path / "m.safetensors")
     assert cli.main(["calibrate", str(tmp_path / "m.safetensors")]) == 2
     assert "expected a TarFlow, got a BiFlow" in capsys.readouterr().err
+
+
+def test_the_same_device_goes_before_the_nearest_batch_and_the_same_threads_decide_last():
+    def measured(name, threads, batch, window):
+        return Entry("cpu", name, threads, "fp32", batch, 0.0, (Measurement("windowed", window, 1, 1.0),))
+
+    policy = Policy((measured("here", 2, 64, 1), measured("there", 2, 1, 2)))
+    assert policy.choose("cpu", "fp32", 1, 0.0, name="here").blocks[0].window == 1
+    assert policy.choose("cpu", "fp32", 1, 0.0, name="there").blocks[0].window == 2
+    assert policy.choose("cpu", "fp32", 1, 0.0, name="elsewhere").blocks[0].window == 2, "better than nothing"
+    equal = Policy((measured("here", 1, 4, 1), measured("here", 8, 16, 2)))
+    assert equal.choose("cpu", "fp32", 8, 0.0, name="here", threads=8).blocks[0].window == 1, "the smaller batch"

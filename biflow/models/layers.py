@@ -1,7 +1,10 @@
 """What both transformers share: the layer, its norms and gates, rotary tables, patches, class tables, input checks."""
 
+import functools
 import math
 import numbers
+import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +192,19 @@ def class_rows(table: Tensor, y: Tensor | None, batch: int) -> Tensor:
     if y is None:
         return mean.expand(batch, -1, -1)
     return torch.where((y < 0).view(-1, 1, 1), mean, table[y.clamp_min(0)])
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The name that the maker gave the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 # --- checks at the models' entry points. Those of values are skipped while torch.compile traces: they break the graph.

@@ -26,6 +26,7 @@ from biflow.models.layers import (
     check_labels,
     check_size,
     check_transformer,
+    device_name,
     mlp_width,
     patchify,
     unpatchify,
@@ -304,7 +305,16 @@ class TarFlow(nn.Module):
             self._check_condition(y, context, z.shape[0])
             x = z * self.var.sqrt()
             condition = solvers.Condition(y, context, strength, precision)
-            plan = solvers.methods(asked, self.policy, len(self.blocks), x.device.type, x.shape[0], condition)
+            plan = solvers.methods(
+                asked,
+                self.policy,
+                len(self.blocks),
+                x.device.type,
+                x.shape[0],
+                condition,
+                name=lambda: device_name(x.device),
+                threads=torch.get_num_threads(),
+            )
             x, info = solvers.decode(self.blocks, x, condition, plan, tol, certify=return_info)
             x = unpatchify(x, c.patch_size)
         return (x, info) if return_info else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,19 +128,24 @@ class Policy:
         kept = tuple(entry for entry in self.entries if entry.situation not in newer)
         return Policy(tuple(sorted((*kept, *entries), key=lambda entry: entry.situation)))
 
-    def choose(self, device: str, precision: str, batch: int, guidance: float) -> Entry | None:
+    def choose(
+        self, device: str, precision: str, batch: int, guidance: float, *, name: str = "", threads: int = 0
+    ) -> Entry | None:
         """The entry measured in the most similar situation; None without one of this device type and precision.
 
-        First with guidance for guided decodes and without for others, then of the nearest batch by |log2 ratio|, the
-        smaller of two, then of the nearest guidance, the smaller of two. What remains equal follows the entries' order.
+        First of the device of that name, then with guidance for guided decodes and without for others, of the nearest
+        batch by |log2 ratio|, the smaller of two, of the nearest guidance, the smaller of two, and of as many threads.
+        What remains equal follows the entries' order.
         """
 
         def distance(entry: Entry) -> tuple:
             larger, smaller = max(entry.batch, batch, 1), min(entry.batch, max(batch, 1))
             return (
+                entry.name != name,
                 (entry.guidance > 0) != (guidance > 0),
                 larger / smaller, entry.batch,
                 abs(entry.guidance - guidance), entry.guidance,
+                entry.threads != threads,
             )  # fmt: skip
 
         able = [entry for entry in self.entries if (entry.device, entry.precision) == (device, precision)]
@@ -148,12 +153,21 @@ class Policy:
 
 
 def methods(
-    asked: Method | None, policy: Policy | None, num_blocks: int, device: str, batch: int, condition: Condition
+    asked: Method | None,
+    policy: Policy | None,
+    num_blocks: int,
+    device: str,
+    batch: int,
+    condition: Condition,
+    *,
+    name: Callable[[], str] = str,
+    threads: int = 0,
 ) -> tuple[Method, ...]:
     """The method of each block, in encode order: the one `asked` for, or (None) that of the policy.
 
     Without a policy, or without an entry in it for this device and precision, every block is decoded sequentially:
-    the one solver that ignores tol and whose time does not depend on the values.
+    the one solver that ignores tol and whose time does not depend on the values. name, threads: of the device that
+    decodes; entries that were measured with them are preferred.
     """
     if asked is not None:
         return (asked,) * num_blocks
@@ -161,5 +175,7 @@ def methods(
         raise TypeError(f"policy: expected a solvers.Policy or None, got {type(policy).__name__}")
     entry = None
     if policy is not None:
-        entry = policy.fitting(num_blocks).choose(device, condition.precision, batch, condition.guidance.scale)
+        entry = policy.fitting(num_blocks).choose(
+            device, condition.precision, batch, condition.guidance.scale, name=name(), threads=threads
+        )
     return (Method("sequential"),) * num_blocks if entry is None else entry.blocks
