@@ -1,12 +1,9 @@
 // Every op of the engine, in every build: the table of contents. Shapes and meaning: biflow/ops/<op>.py.
-#include <torch/csrc/stable/library.h>
+#include "library.h"
+
 #include <torch/csrc/stable/tensor.h>
 
-#include <string>
-
-#include "cpu/isa.h"
-
-STABLE_TORCH_LIBRARY(biflow, m) {
+STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
   // which CPU kernels run: the instruction set in use; force_cpu_isa is for tests
   m.def("cpu_isa() -> str");
   m.def("force_cpu_isa(str name) -> ()");
@@ -64,16 +61,4 @@ STABLE_TORCH_LIBRARY(biflow, m) {
 
   // softmax(q k^T scale) v; mask (B, T) bool over keys
   m.def("attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? mask) -> Tensor");
-}
-
-static std::string cpu_isa() { return biflow::cpu::isa_name(biflow::cpu::active_isa()); }
-
-static void force_cpu_isa(std::string name) {
-  STD_TORCH_CHECK(biflow::cpu::force_isa(name.c_str()), "force_cpu_isa: expected best, portable, avx2, avx512 or amx, ",
-                  "one that this CPU has (it has ", biflow::cpu::isa_name(biflow::cpu::best_isa()), "), got ", name);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(biflow, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-  m.impl("force_cpu_isa", TORCH_BOX(&force_cpu_isa));
 }
