@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
+from biflow.models.layers import device_name
+
 
 def machine_info() -> dict:
     """What a number depends on: CPU, cores, threads, instruction set, torch, commit, date (UTC)."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": device_name(torch.device("cpu")),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.ops.biflow.cpu_isa(),
@@ -27,14 +29,6 @@ def machine_info() -> dict:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _commit() -> str:

@@ -66,30 +66,12 @@ class Pass {
   const int64_t used_;
 };
 
-template <class P>
-int64_t scratch_size(const BlockParamsParams& p, const Schedule& s) {
-  Member member(s, 0);
-  return Pass<P>(p, s, Scratch(nullptr), member).scratch_used();
-}
-
-template <class P>
-void work(const BlockParamsParams& p, const Schedule& s, int worker) {
-  Member member(s, worker);
-  const int crew = worker / s.members;
-  Pass<P> pass(p, s, Scratch(s.scratch + crew * s.scratch_stride), member);
-  pass.clear();
-  for (int64_t g = crew; g < s.groups; g += s.crews)
-    pass.run(s.group_begin(g), s.group_begin(g + 1) - s.group_begin(g));
-}
-
 }  // namespace
 
 void block_params_scratch(const BlockParamsParams& p, const Schedule& s, int64_t* floats) {
-  *floats = p.shape.precision == Precision::bf16 ? scratch_size<Bf16>(p, s) : scratch_size<Fp32>(p, s);
+  crew_scratch<Pass>(p, s, floats);
 }
 
-void block_params(const BlockParamsParams& p, const Schedule& s, int worker) {
-  p.shape.precision == Precision::bf16 ? work<Bf16>(p, s, worker) : work<Fp32>(p, s, worker);
-}
+void block_params(const BlockParamsParams& p, const Schedule& s, int worker) { run_worker<Pass>(p, s, worker); }
 
 }  // namespace biflow::cpu::BIFLOW_ISA

@@ -20,7 +20,7 @@ class Decoder {
   int64_t scratch_used() const { return used_; }
   void clear() { transformer_.clear(); }
 
-  void decode(int64_t first, int64_t samples) {
+  void run(int64_t first, int64_t samples) {
     transformer_.begin(first, samples);
     transformer_.prefill();
     const int shift = shape_.start_token ? 0 : 1;  // token n has its parameters from the network's token n - shift
@@ -70,30 +70,12 @@ class Decoder {
   const int64_t used_;
 };
 
-template <class P>
-int64_t scratch_size(const DecodeBlockParams& p, const Schedule& s) {
-  Member member(s, 0);
-  return Decoder<P>(p, s, Scratch(nullptr), member).scratch_used();
-}
-
-template <class P>
-void work(const DecodeBlockParams& p, const Schedule& s, int worker) {
-  Member member(s, worker);
-  const int crew = worker / s.members;
-  Decoder<P> decoder(p, s, Scratch(s.scratch + crew * s.scratch_stride), member);
-  decoder.clear();
-  for (int64_t g = crew; g < s.groups; g += s.crews)
-    decoder.decode(s.group_begin(g), s.group_begin(g + 1) - s.group_begin(g));
-}
-
 }  // namespace
 
 void decode_block_scratch(const DecodeBlockParams& p, const Schedule& s, int64_t* floats) {
-  *floats = p.shape.precision == Precision::bf16 ? scratch_size<Bf16>(p, s) : scratch_size<Fp32>(p, s);
+  crew_scratch<Decoder>(p, s, floats);
 }
 
-void decode_block(const DecodeBlockParams& p, const Schedule& s, int worker) {
-  p.shape.precision == Precision::bf16 ? work<Bf16>(p, s, worker) : work<Fp32>(p, s, worker);
-}
+void decode_block(const DecodeBlockParams& p, const Schedule& s, int worker) { run_worker<Decoder>(p, s, worker); }
 
 }  // namespace biflow::cpu::BIFLOW_ISA

@@ -149,10 +149,9 @@ class Transformer {
     const int before = s_.start_token ? 1 : 0;
     for (int row = begin, n; row < end; row += n) {  // rows whose tokens lie in steps of one size
       const int b = row / count, t = evaluated + row % count - before;
-      n = t < 0 ? 1 : count == 1 ? end - row : std::min(end - row, count - row % count);
+      n = count == 1 ? end - row : t < 0 ? 1 : std::min(end - row, count - row % count);
       const float* u = t < 0 ? data_ + packed_.start_token : x + (first_ + b) * sample_size + data_index(t) * D;
       const int64_t step = t < 0 ? 0 : count == 1 ? sample_size : flip_ ? -D : D;
-      if (t < 0 && count == 1) n = end - row;
       Fp32::product(data_, packed_.proj_in, u, step, n, 0, packed_.proj_in.columns,
                     [&](int r, int rows, int c, int columns, const float* v, int stride) {
                       for (int i = 0; i < rows; ++i) copy(v + i * stride, h_ + (row + r + i) * width_ + c, columns);
@@ -254,7 +253,6 @@ class Transformer {
     }
     return raw;
   }
-  int samples() const { return samples_; }
   int64_t first() const { return first_; }
 
  private:
@@ -385,5 +383,40 @@ class Transformer {
   Value* few_ = nullptr;     // [kFewRows][width]  normalised
   float* scores_ = nullptr;  // [tokens]
 };
+
+// An op that runs a Runner<P> over groups of samples: Runner(params, schedule, scratch, member), scratch_used(),
+// clear() and run(first sample, samples). P follows from the precision of params.shape.
+template <template <class> class Runner, class Params>
+void with_precision(const Params& p, const Schedule& s, int worker, int64_t* scratch_floats) {
+  Member member(s, worker);
+  const auto run = [&](auto* type) {
+    using R = std::remove_pointer_t<decltype(type)>;
+    if (scratch_floats != nullptr) {
+      *scratch_floats = R(p, s, Scratch(nullptr), member).scratch_used();
+      return;
+    }
+    const int crew = worker / s.members;
+    R runner(p, s, Scratch(s.scratch + crew * s.scratch_stride), member);
+    runner.clear();
+    for (int64_t g = crew; g < s.groups; g += s.crews)
+      runner.run(s.group_begin(g), s.group_begin(g + 1) - s.group_begin(g));
+  };
+  if (p.shape.precision == Precision::bf16)
+    run(static_cast<Runner<Bf16>*>(nullptr));
+  else
+    run(static_cast<Runner<Fp32>*>(nullptr));
+}
+
+// Floats of scratch that one crew needs.
+template <template <class> class Runner, class Params>
+void crew_scratch(const Params& p, const Schedule& s, int64_t* floats) {
+  with_precision<Runner>(p, s, 0, floats);
+}
+
+// What `worker` does of the schedule.
+template <template <class> class Runner, class Params>
+void run_worker(const Params& p, const Schedule& s, int worker) {
+  with_precision<Runner>(p, s, worker, nullptr);
+}
 
 }  // namespace biflow::cpu::BIFLOW_ISA
