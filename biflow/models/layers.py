@@ -26,7 +26,7 @@ KERNEL_DEVICES = tuple(
 class Norm(nn.Module):
     """LayerNorm (weight, bias; eps 1e-5) or RMSNorm (weight; eps 1e-6) over the last dimension.
 
-    x (..., width) any float dtype -> the same shape and dtype; computed in fp32 (fp64 for fp64).
+    x (..., width) any float dtype -> the same shape in `dtype` (None: x's); computed in fp32 (fp64 for fp64).
     """
 
     def __init__(self, kind: str, width: int):
@@ -37,12 +37,13 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = x.dtype if dtype is None else dtype
         wide = x if x.dtype == torch.float64 else x.float()
         weight = self.weight.to(wide.dtype)
         if self.bias is not None:
-            return F.layer_norm(wide, wide.shape[-1:], weight, self.bias.to(wide.dtype), self.eps).to(x.dtype)
-        return F.rms_norm(wide, wide.shape[-1:], weight, self.eps).to(x.dtype)
+            return F.layer_norm(wide, wide.shape[-1:], weight, self.bias.to(wide.dtype), self.eps).to(dtype)
+        return F.rms_norm(wide, wide.shape[-1:], weight, self.eps).to(dtype)
 
 
 class Layer(nn.Module):
@@ -79,14 +80,17 @@ class Layer(nn.Module):
         attention logits.
         """
         batch, length, width = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        dtype = self.qkv.weight.dtype  # in bf16 passes not the residual stream's
+        q, k, v = (
+            self.qkv(self.norm1(h, dtype)).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope, prefix), apply_rope(k, *rope, prefix)
         o = ops.attention(q, k, v, causal=causal, scale=self.head_dim**-0.5 / attn_temp)
         h = h + self.proj(o.transpose(1, 2).reshape(batch, length, width))
-        m = self.fc1(self.norm2(h))
+        m = self.fc1(self.norm2(h, dtype))
         if self.gate == "swiglu":
             a, b = m.chunk(2, dim=-1)
             m = F.silu(a) * b
