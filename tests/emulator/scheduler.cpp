@@ -358,6 +358,6 @@ cudaError_t launch(const Launch& launch) {
 
 }  // namespace emulator
 
-extern "C" __attribute__((visibility("default"))) void emulator_configure(int order, uint64_t seed, int copy_async) {
+extern "C" void emulator_configure(int order, uint64_t seed, int copy_async) {
   emulator::settings = {static_cast<emulator::Order>(order), seed, static_cast<emulator::CopyAsync>(copy_async)};
 }
