@@ -85,6 +85,16 @@ class PassModule(nn.Module):
                 self._passes = Passes(self)
             return self._passes
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Many calls with the same weights: `with model.frozen(): ...`.
+
+        Outside, every call without gradients looks whether a weight has changed since the last one (`Passes`). Inside
+        it looks once; weights must not change.
+        """
+        with self.passes.frozen():
+            yield
+
     def _apply(self, fn, recurse=True):  # .to(), .cuda(): do not keep the old weights alive
         self._passes = None
         return super()._apply(fn, recurse)

@@ -330,7 +330,7 @@ class TarFlow(PassModule):
         weights: as long as a step or two of the decode). Inside it looks once; weights must not change.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.passes.frozen())
+            stack.enter_context(super().frozen())
             for block in self.blocks:
                 stack.enter_context(block.frozen())
             yield

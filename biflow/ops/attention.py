@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from biflow import _library  # noqa: F401
+from biflow.ops._arrays import takes_arrays
 from biflow.ops._checks import any_requires_grad, check_flag, check_number, check_tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HAS_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("biflow::attention_forward", "CUDA")
 
 
+@takes_arrays
 def attention(
     q: Tensor,
     k: Tensor,
@@ -61,6 +63,7 @@ def attention(
     return torch.ops.biflow.attention(q, k, v, causal, _check_scale(scale, q.shape[3]), mask)
 
 
+@takes_arrays
 def attention_qkv(
     qkv: Tensor,
     *,
