@@ -86,4 +86,6 @@ inline float exp2_fast(float x) {
   return y < FLT_MIN ? 0.0f : y;
 }
 
+inline float rsqrt_fast(float x) { return 1.0f / sqrtf(x); }
+
 }  // namespace biflow::arch

@@ -113,7 +113,7 @@ void test_ldmatrix() {
 
 // --- arithmetic -----------------------------------------------------------------------------------------------------
 
-constexpr int kFunctions = 11;
+constexpr int kFunctions = 12;
 
 __global__ void functions_kernel(const float* x, const float* y, float* out, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -131,6 +131,7 @@ __global__ void functions_kernel(const float* x, const float* y, float* out, int
   r[8] = __saturatef(a);
   r[9] = min(a, b);
   r[10] = max(a, b);
+  r[11] = arch::rsqrt_fast(size);
 }
 
 void test_functions() {
@@ -141,8 +142,8 @@ void test_functions() {
   const auto got = out.values();
   // error bounds: CUDA's (Programming Guide, "Mathematical Functions"), relative unless the result is near 0
   const char* names[] = {"exp2_fast",  "__expf",    "__logf",      "rsqrtf", "__fdividef", "__frcp_rn",
-                         "__fsqrt_rn", "__fmaf_rn", "__saturatef", "min",    "max"};
-  const double bound[] = {4e-7, 5e-6, 4e-7, 3e-7, 3e-7, 0, 0, 0, 0, 0, 0};
+                         "__fsqrt_rn", "__fmaf_rn", "__saturatef", "min",    "max",        "rsqrt_fast"};
+  const double bound[] = {4e-7, 5e-6, 4e-7, 3e-7, 3e-7, 0, 0, 0, 0, 0, 0, 3e-7};
   for (int f = 0; f < kFunctions; ++f) {
     double worst = 0;
     for (int i = 0; i < n; ++i) {
@@ -157,7 +158,8 @@ void test_functions() {
                               std::fma(a, b, size),
                               std::fmin(std::fmax(a, 0.f), 1.f),
                               std::fmin(a, b),
-                              std::fmax(a, b)};
+                              std::fmax(a, b),
+                              1 / std::sqrt(static_cast<double>(size))};
       const double scale = std::fmax(std::fabs(exact[f]), f == 2 ? 1.0 : 1e-30);
       worst = std::fmax(worst, std::fabs(got[i * kFunctions + f] - exact[f]) / scale);
     }
