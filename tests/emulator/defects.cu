@@ -27,9 +27,9 @@ template <bool kCorrect>
 __global__ void missing_syncthreads(Arrays a) {
   BIFLOW_SHARED(float, s, [kThreads]);
   const int t = threadIdx.x;
-  s[t] = a.in[t];
+  s[t] = a.in[t];  // missing_syncthreads
   if (kCorrect) __syncthreads();
-  const float v = s[kThreads - 1 - t];
+  const float v = s[kThreads - 1 - t];  // missing_syncthreads
   __syncthreads();
   s[t] = v;
   a.out[t] = s[t] + 1;
@@ -43,7 +43,7 @@ __global__ void missing_syncthreads_after_reading(Arrays a) {
   for (int i = 0; i < 2; ++i) {
     s[t] = a.in[t + i * kThreads];  // missing_syncthreads_after_reading
     __syncthreads();
-    a.out[t + i * kThreads] = s[t ^ 40];
+    a.out[t + i * kThreads] = s[t ^ 40];  // missing_syncthreads_after_reading
     if (kCorrect) __syncthreads();
   }
 }
@@ -54,7 +54,7 @@ __global__ void missing_syncwarp(Arrays a) {
   const int t = threadIdx.x;
   s[t] = 0;
   __syncwarp();
-  s[t] = a.in[t];
+  s[t] = a.in[t];  // missing_syncwarp
   if (kCorrect) __syncwarp();
   const float v = s[t ^ 1];  // missing_syncwarp
   a.out[t] = v;
@@ -75,7 +75,7 @@ __global__ void many_readers(Arrays a) {
   const int t = threadIdx.x;
   if (t == 0) s[0] = a.in[0];
   __syncthreads();
-  a.out[t] = s[0];
+  a.out[t] = s[0];  // many_readers
   if (kCorrect) {
     __syncthreads();
   } else {
@@ -213,7 +213,7 @@ __global__ void copy_into_memory_in_use(Arrays a) {
   const int t = threadIdx.x;
   s[t] = float4{1, 2, 3, static_cast<float>(t)};
   __syncthreads();
-  a.out[t] = s[t ^ 32].w;
+  a.out[t] = s[t ^ 32].w;  // copy_into_memory_in_use
   if (kCorrect) __syncthreads();
   arch::cp_async_16(&s[t], a.in + 4 * (t % 16));  // copy_into_memory_in_use
   arch::cp_async_commit();
@@ -249,7 +249,7 @@ template <bool kCorrect>
 __global__ void misaligned(Arrays a) {
   const int t = threadIdx.x;
   if (t > 8) return;
-  const auto v = arch::Vector<float, 4>::load(a.in + (kCorrect ? 4 : 2) * t);
+  const auto v = arch::Vector<float, 4>::load(a.in + (kCorrect ? 4 : 2) * t);  // misaligned
   a.out[t] = v.v[1] + v.v[3];
 }
 
@@ -278,9 +278,9 @@ __global__ void ldg_of_written(Arrays a) {
 template <bool kCorrect>
 __global__ void missing_grid_sync(Arrays a) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
-  a.out[i] = a.in[i];
+  a.out[i] = a.in[i];  // missing_grid_sync
   if (kCorrect) arch::grid_sync();
-  const float v = a.out[(i + kThreads) % (2 * kThreads)];
+  const float v = a.out[(i + kThreads) % (2 * kThreads)];  // missing_grid_sync
   arch::grid_sync();
   a.out[i] = v;
 }
@@ -288,7 +288,7 @@ __global__ void missing_grid_sync(Arrays a) {
 template <bool kCorrect>
 __global__ void missing_grid_sync_after_reading(Arrays a) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
-  a.out[i] = a.in[(i + kThreads) % (2 * kThreads)];
+  a.out[i] = a.in[(i + kThreads) % (2 * kThreads)];  // missing_grid_sync_after_reading
   if (kCorrect) arch::grid_sync();
   a.in[i] = 1;  // missing_grid_sync_after_reading
 }
@@ -318,7 +318,8 @@ __device__ void send(Arrays a) {
       if (kMissing != 2) arch::acquire_fence();
     }
     if (kMissing != 3) __syncthreads();
-    const float v = a.out[t];  // send
+    // the next line: missing_release, missing_acquire, missing_barrier_after_acquire, missing_barrier_before_release
+    const float v = a.out[t];
     a.out[t + kThreads] = v;
   }
 }
@@ -361,7 +362,7 @@ __global__ void release_by_each_thread(Arrays a) {
 template <bool kCorrect>
 __global__ void atomic_and_plain(Arrays a) {
   const int t = threadIdx.x;
-  atomicAdd(a.flags, 1u);
+  atomicAdd(a.flags, 1u);  // atomic_and_plain
   if (kCorrect) __syncthreads();
   const uint32_t count = *a.flags;  // atomic_and_plain
   a.out[t] = static_cast<float>(count);
