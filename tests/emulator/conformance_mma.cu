@@ -173,6 +173,7 @@ __global__ void special_kernel(const float* x, float* out) {
   out[2] = __saturatef(x[0]);      // 0
   out[3] = arch::exp2_fast(x[1]);  // 2^-inf
   out[4] = arch::exp2_fast(x[2]);  // 2^-140, denormal: flushed
+  out[5] = __fdividef(8.0f, 0x1.8p126f);
 }
 
 __global__ void bits_kernel(const float* x, const int* n, int* out) {
@@ -190,10 +191,10 @@ __global__ void bits_kernel(const float* x, const int* n, int* out) {
 void test_bits() {
   Device<float> x(
       std::vector<float>{std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity(), -140.0f}),
-      special(5);
+      special(6);
   require(arch::launch(special_kernel, dim3(1), dim3(1), 0, nullptr, x.read(), special.get()));
-  expect("min, max, __saturatef of NaN, exp2_fast of -inf and -140",
-         special.values() == std::vector<float>({1, 1, 0, 0, 0}));
+  expect("min, max, __saturatef of NaN, exp2_fast of -inf and -140, __fdividef by 2^126",
+         special.values() == std::vector<float>({1, 1, 0, 0, 0, 0}));
 
   const auto values = random_floats(32, -1e6f, 1e6f);
   std::vector<int> n(32);
