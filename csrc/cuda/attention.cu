@@ -35,18 +35,17 @@ AttentionPlan attention_plan(const AttentionParams& p) {
   // Two tiles of rows use every byte of keys and values twice; one tile makes twice as many warps.
   plan.row_tiles = p.d <= 64 && heads * query_tiles(p, 2, 4) >= 2 * processors ? 2 : 1;
   while (plan.warps > 1 && query_tiles(p, plan.row_tiles, plan.warps / 2) == 1) plan.warps /= 2;
-  const int64_t keys = std::max<int64_t>(ceil_div(p.Tk, kKeys), 1), turns = query_tiles(p, plan.row_tiles, plan.warps);
-  if (keys <= kStages || 2 * keys * tile_bytes(p) <= arch::shared_memory_limit()) {  // two blocks a multiprocessor
-    plan.stages = static_cast<int>(keys);
-    const int64_t share = std::max<int64_t>(heads * turns / (4 * processors), 1);  // turns of a block: 4 rounds of them
-    plan.blocks = static_cast<int>(ceil_div(turns, share));
-  } else {
-    plan.stages = kStages;
-    // each block norms and turns all keys: large ones do it less often
-    if ((p.k_norm != nullptr || p.cos != nullptr) && heads * query_tiles(p, plan.row_tiles, 8) >= 2 * processors)
-      plan.warps = 8;
-    plan.blocks = static_cast<int>(query_tiles(p, plan.row_tiles, plan.warps));
-  }
+  const int64_t keys = std::max<int64_t>(ceil_div(p.Tk, kKeys), 1);
+  const size_t bytes = keys * tile_bytes(p), limit = arch::shared_memory_limit();
+  const bool resident = keys <= kStages || bytes <= limit;
+  plan.stages = static_cast<int>(resident ? keys : kStages);
+  // Eight warps where only one block fits a multiprocessor, and where every block has to norm and turn all keys.
+  const bool large = resident ? 2 * bytes > limit : p.k_norm != nullptr || p.cos != nullptr;
+  if (large && heads * query_tiles(p, plan.row_tiles, 8) >= processors) plan.warps = 8;
+  const int64_t turns = query_tiles(p, plan.row_tiles, plan.warps);
+  // turns of a block, for at least four rounds of blocks
+  const int64_t share = resident ? std::max<int64_t>(heads * turns / (4 * processors), 1) : 1;
+  plan.blocks = static_cast<int>(ceil_div(turns, share));
   return plan;
 }
 

@@ -17,6 +17,7 @@
 namespace biflow::cuda {
 
 constexpr int kKeys = 64;            // of a tile
+constexpr int kShort = 16;           // read of the last tile, if it has no more
 constexpr int kAhead = 2;            // tiles on their way while one is in use
 constexpr int kStages = kAhead + 1;  // tiles that shared memory holds, if not all
 constexpr int kMaxThreads = 256;     // of a block
@@ -75,7 +76,7 @@ BIFLOW_DEVICE Chunk<T> normed_and_turned(const Chunk<T>& x, float factor, const 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t pair = arch::pack<T>(v[2 * i], v[2 * i + 1]);
-    memcpy(y.v + 2 * i, &pair, 4);
+    memcpy(static_cast<void*>(y.v + 2 * i), &pair, 4);
   }
   return y;
 }
@@ -104,10 +105,13 @@ class Ring {
   BIFLOW_DEVICE T* keys(int tile) const { return tiles_ + (tile < stages_ ? tile : tile % kStages) * (2 * kKeys * d); }
   BIFLOW_DEVICE T* values(int tile) const { return keys(tile) + kKeys * d; }
 
+  // Keys of a tile that are read: a sequence of 256 tokens and a prefix of 8 has a short one.
+  BIFLOW_DEVICE int extent(int tile) const { return p_.Tk - tile * kKeys <= kShort ? kShort : kKeys; }
+
   // Starts the copy of a tile; keys that do not count become zeros, so that nothing they hold can matter.
   BIFLOW_DEVICE void copy(int tile) const {
     T *const keys_at = keys(tile), *const values_at = values(tile);
-    for (int first = 0; first < kKeys; first += rows_) {
+    for (int first = 0; first < extent(tile); first += rows_) {
       const int row = first + row_, key = tile * kKeys + row, at = place<d>(row, chunk_);
       const bool read = key < p_.Tk && (mask_ == nullptr || mask_[key]);
       const int64_t from = read ? key : 0;
@@ -120,7 +124,7 @@ class Ring {
   BIFLOW_DEVICE void prepare(int tile) const {
     if (p_.k_norm == nullptr && p_.cos == nullptr) return;
     T* const keys_at = keys(tile);
-    for (int first = 0; first < kKeys; first += rows_) {
+    for (int first = 0; first < extent(tile); first += rows_) {
       const int row = first + row_, key = tile * kKeys + row;
       T* const at = keys_at + place<d>(row, chunk_);
       const auto x = Chunk<T>::load(at);
@@ -197,15 +201,7 @@ class Queries {
 
   // Takes in a tile of keys.
   BIFLOW_DEVICE void attend(const Ring<T, d>& ring, int tile) {
-    float s[kRowTiles][kKeys / 8][4];
-    multiply_keys(ring.keys(tile), s);
-    if (!ring.all_count(tile) || (p_.causal && (tile + 1) * kKeys - 1 > first_)) {
-      uint32_t bits[2];
-      ring.counting(tile, bits);
-      leave_out(tile * kKeys, bits, s);
-    }
-    exponentiate(s);
-    multiply_values(ring.values(tile), s);
+    ring.extent(tile) == kKeys ? attend_to<kKeys>(ring, tile) : attend_to<kShort>(ring, tile);
   }
 
   BIFLOW_DEVICE void store(T* out, int64_t b, int64_t h) const {
@@ -244,7 +240,7 @@ class Queries {
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[i] = q_[m][2 * c + i / 2][i % 2 * 2 + half];
     Chunk<T> x;
-    memcpy(x.v, w, 16);
+    memcpy(static_cast<void*>(x.v), w, 16);
     return x;
   }
 
@@ -274,11 +270,25 @@ class Queries {
       }
   }
 
+  template <int kCount>
+  BIFLOW_DEVICE void attend_to(const Ring<T, d>& ring, int tile) {
+    float s[kRowTiles][kCount / 8][4];
+    multiply_keys(ring.keys(tile), s);
+    if (!ring.all_count(tile) || (p_.causal && (tile + 1) * kKeys - 1 > first_)) {
+      uint32_t bits[2];
+      ring.counting(tile, bits);
+      leave_out(tile * kKeys, bits, s);
+    }
+    exponentiate(s);
+    multiply_values(ring.values(tile), s);
+  }
+
   // s = q k^T.
-  BIFLOW_DEVICE void multiply_keys(const T* keys, float (&s)[kRowTiles][kKeys / 8][4]) const {
+  template <int kGroups>
+  BIFLOW_DEVICE void multiply_keys(const T* keys, float (&s)[kRowTiles][kGroups][4]) const {
     const int key_lane = place<d>(g_, t_);
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
+    for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -298,9 +308,10 @@ class Queries {
   }
 
   // Logits of keys that do not count, by their bits or by causality, become -infinity.
-  BIFLOW_DEVICE void leave_out(int first_key, const uint32_t (&bits)[2], float (&s)[kRowTiles][kKeys / 8][4]) const {
+  template <int kGroups>
+  BIFLOW_DEVICE void leave_out(int first_key, const uint32_t (&bits)[2], float (&s)[kRowTiles][kGroups][4]) const {
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
+    for (int n = 0; n < kGroups; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int key = 8 * n + 2 * t_ + e;
@@ -314,7 +325,8 @@ class Queries {
   }
 
   // s = exp(scale (s - largest so far)); the sums and outputs so far are brought to the new largest logit.
-  BIFLOW_DEVICE void exponentiate(float (&s)[kRowTiles][kKeys / 8][4]) {
+  template <int kGroups>
+  BIFLOW_DEVICE void exponentiate(float (&s)[kRowTiles][kGroups][4]) {
     const float scale = p_.scale * 1.4426950408889634f;  // powers of 2
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
@@ -322,7 +334,7 @@ class Queries {
       for (int half = 0; half < 2; ++half) {
         float top = top_[m][half];
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        for (int n = 0; n < kGroups; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
         const float base = top == -INFINITY ? 0 : top * scale;  // no key yet: every power is 0, not NaN
@@ -330,7 +342,7 @@ class Queries {
         top_[m][half] = top;
         float sum = sum_[m][half] * factor;
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)
+        for (int n = 0; n < kGroups; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float power = arch::exp2_fast(s[m][n][2 * half + e] * scale - base);
@@ -346,10 +358,11 @@ class Queries {
   }
 
   // o += s v.
-  BIFLOW_DEVICE void multiply_values(const T* values, const float (&s)[kRowTiles][kKeys / 8][4]) {
+  template <int kGroups>
+  BIFLOW_DEVICE void multiply_values(const T* values, const float (&s)[kRowTiles][kGroups][4]) {
     const int lane = threadIdx.x % 32, value_lane = place<d>(lane % 16, lane / 16);
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step) {
+    for (int step = 0; step < kGroups / 2; ++step) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
@@ -401,7 +414,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) attention_kernel(AttentionPara
   const int head = blockIdx.x / plan.blocks, heads = static_cast<int>(p.H);
   const int64_t b = head / heads, h = head % heads;
   const Ring<T, d> ring(p, plan, shared, b, h);
-  const int rows = 16 * kRowTiles * plan.warps, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int rows = 16 * kRowTiles * plan.warps;
+  // Which of the block's queries are a warp's changes from head to head: warps of one number share a scheduler, and the
+  // first ones have most of a ragged end, the last ones most of causal work.
+  const int warp = __shfl_sync(0xffffffffu, (static_cast<int>(threadIdx.x) / 32 + head) % plan.warps, 0);
   // a block's query tiles, from the one that sees most keys down
   const int last = (p.Tq - 1) / rows - static_cast<int>(blockIdx.x % plan.blocks);
   const auto key_tiles = [&](int queries) { return ((p.causal ? min(queries, p.Tk) : p.Tk) + kKeys - 1) / kKeys; };
