@@ -2,7 +2,7 @@
 
 from biflow import _library  # noqa: F401
 from biflow.ops.affine import affine_decode, affine_encode
-from biflow.ops.attention import attention
+from biflow.ops.attention import attention, attention_qkv
 from biflow.ops.block_params import BlockWindows, block_params
 from biflow.ops.decode_block import BlockConfig, BlockWeights, decode_block, has_fast_bf16, pack_block
 from biflow.ops.jacobi_update import jacobi_update_
@@ -14,6 +14,7 @@ __all__ = [
     "affine_decode",
     "affine_encode",
     "attention",
+    "attention_qkv",
     "block_params",
     "decode_block",
     "has_fast_bf16",
