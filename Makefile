@@ -43,7 +43,10 @@ nvcc: $(INSTALLED)
 
 # The CUDA kernels' source as CPU libraries over the emulator (tests/emulator).
 emulator: $(BUILT)
-	$(BIN)/python -m tests.emulator.build --nvcc "$(NVCC)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/emulator -B $(EMULATOR) -G Ninja \
+	  -DTORCH_INCLUDE="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/include" \
+	  $(if $(NVCC),-DCMAKE_PREFIX_PATH="$(abspath $(dir $(NVCC))..)") > $(EMULATOR).log || { cat $(EMULATOR).log; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(EMULATOR)
 
 emulator-test: emulator
 	$(BIN)/python -m pytest tests/kernels
