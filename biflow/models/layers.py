@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biflow import ops
@@ -26,23 +25,30 @@ KERNEL_DEVICES = tuple(
 class Norm(nn.Module):
     """LayerNorm (weight, bias; eps 1e-5) or RMSNorm (weight; eps 1e-6) over the last dimension.
 
-    x (..., width) any float dtype -> the same shape and dtype; computed in fp32 (fp64 for fp64).
+    x (..., width) any float dtype -> the same shape and dtype, under autocast (but for fp64) in its dtype, in which the
+    linear layer that comes next reads; computed in fp32 (fp64 for fp64).
     """
 
     def __init__(self, kind: str, width: int):
         super().__init__()
         if kind not in NORM_EPS:
             raise ValueError(f"norm: expected one of {', '.join(NORM_EPS)}, got {kind!r}")
-        self.eps = NORM_EPS[kind]
+        self.kind, self.eps = kind, NORM_EPS[kind]
         self.weight = nn.Parameter(torch.ones(width))
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        weight = self.weight.to(wide.dtype)
-        if self.bias is not None:
-            return F.layer_norm(wide, wide.shape[-1:], weight, self.bias.to(wide.dtype), self.eps).to(x.dtype)
-        return F.rms_norm(wide, wide.shape[-1:], weight, self.eps).to(x.dtype)
+        return ops.norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps, dtype=_autocast_dtype(x))
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """y = norm of h, and h = residual + x, in one pass where there is a kernel."""
+        dtype = _autocast_dtype(residual)
+        return ops.add_norm(x, residual, self.weight, self.bias, kind=self.kind, eps=self.eps, dtype=dtype)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
 
 
 class Layer(nn.Module):
@@ -85,13 +91,9 @@ class Layer(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, *rope, prefix), apply_rope(k, *rope, prefix)
         o = ops.attention(q, k, v, causal=causal, scale=self.head_dim**-0.5 / attn_temp)
-        h = h + self.proj(o.transpose(1, 2).reshape(batch, length, width))
-        m = self.fc1(self.norm2(h))
-        if self.gate == "swiglu":
-            a, b = m.chunk(2, dim=-1)
-            m = F.silu(a) * b
-        else:
-            m = F.gelu(m)
+        m, h = self.norm2.add(self.proj(o.transpose(1, 2).reshape(batch, length, width)), h)
+        m = self.fc1(m)
+        m = ops.gate(m, kind=self.gate)
         return h + self.fc2(m)
 
 
