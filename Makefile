@@ -8,9 +8,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 BUILT := $(VENV)/built
 ORIGIN := $(VENV)/origin
+EMULATOR := build/emulator
+# nvcc: the machine's, else the one that `make nvcc` installs into .venv; without either there are no CUDA kernels.
+NVCC = $(firstword $(shell command -v nvcc) $(wildcard $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc))
 CXX_SOURCES := $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench clean nvcc emulator emulator-test mutants cuda-table gpu-check
 
 # --resume: an interrupted demo goes on where it was, a finished one is evaluated again; remove $(OUT) to start anew.
 demo: $(BUILT)
@@ -32,6 +35,33 @@ format: $(INSTALLED)
 bench: $(BUILT)
 	$(BIN)/biflow bench
 
+# A CUDA compiler into .venv, where the machine has none. The packages put libraries where nvcc does not look.
+nvcc: $(INSTALLED)
+	command -v nvcc || { \
+	  $(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/cuda.txt && \
+	  for cuda in $(VENV)/lib/python3*/site-packages/nvidia/cu13; do ln -sfn lib $$cuda/lib64; done; }
+
+# The CUDA kernels' source as CPU libraries over the emulator (tests/emulator).
+emulator: $(BUILT)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/emulator -B $(EMULATOR) -G Ninja \
+	  -DTORCH_INCLUDE="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/include" \
+	  $(if $(NVCC),-DCMAKE_PREFIX_PATH="$(abspath $(dir $(NVCC))..)") > $(EMULATOR).log || { cat $(EMULATOR).log; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(EMULATOR)
+
+emulator-test: emulator
+	$(BIN)/python -m pytest tests/kernels
+
+mutants: emulator
+	$(BIN)/python -m tests.emulator.mutants
+
+# Registers, shared memory and instructions of every CUDA kernel.
+cuda-table: $(BUILT)
+	$(BIN)/python -m tests.cuda_binary
+
+# On a machine with a GPU: builds with what is installed there, checks and measures everything, within nine minutes.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) $(if $(PEER),--peer-ml-tarflow $(PEER))
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info biflow/*.so
 
@@ -49,5 +79,5 @@ $(INSTALLED): requirements/dev.txt
 
 # The package is installed in place: changes in biflow/ need no rebuild.
 $(BUILT): $(INSTALLED) $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	PATH="$(CURDIR)/$(BIN):$$PATH" CUDACXX="$(abspath $(NVCC))" $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
 	touch $@

@@ -10,6 +10,8 @@
 #include "library.h"
 
 #ifdef BIFLOW_EMULATED
+#include <exception>
+
 #include "emulator/memory.h"
 #else
 // Weak: a torch without CUDA has no such function, and the library must load there too.
@@ -33,6 +35,14 @@ class Launch {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream_));
   }
 #endif
+
+#ifdef BIFLOW_EMULATED
+  // Outputs must be complete when the op ends; not where an error is on its way out already.
+  ~Launch() noexcept(false) {
+    if (std::uncaught_exceptions() == 0) emulator::check_written();
+  }
+#endif
+  Launch(const Launch&) = delete;
 
   void* stream() const { return stream_; }
 

@@ -14,9 +14,10 @@ PYBIND11_MODULE(_C, m) {
         d["version"] = BIFLOW_VERSION;
         d["compiler"] = __VERSION__;
         d["instruction_sets"] = py::str(BIFLOW_ISAS).attr("split")();
+        d["cuda"] = py::str(BIFLOW_CUDA).attr("split")();
         return d;
       },
-      "dict: version, compiler, instruction_sets compiled in");
+      "dict: version, compiler; what was compiled in: instruction_sets, cuda (architectures; empty: no kernels)");
   m.def(
       "best_isa", [] { return biflow::cpu::isa_name(biflow::cpu::best_isa()); },
       "str: the instruction set that kernels use on this CPU");

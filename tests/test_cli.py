@@ -232,7 +232,7 @@ BAD = {
     "negative guidance": ("sample {runs}/flow --guidance=-1", "guidance: expected a finite number >= 0, got -1"),
     "guidance not trained": ("sample {runs}/inverse --guidance 9", "guidance: expected at most 2 (as trained), got 9"),
     "solver of an inverse": ("sample {runs}/inverse --solver jacobi", "--solver: expected with an exact flow"),
-    "precision of an inverse": ("sample {runs}/inverse --precision bf16", "precision: expected one of fp32, got"),
+    "precision of an inverse": ("sample {runs}/inverse --precision fp16", "precision: expected one of fp32, bf16, got"),
     "no-denoise of an inverse": ("sample {runs}/inverse --no-denoise", "--no-denoise: expected with an exact flow"),
     "output of another kind": ("sample {runs}/flow --out s.gif", "expected a file ending in .png or .npz"),
     "output nowhere": ("sample {runs}/flow --out {new}/s.png", "--out: expected an existing folder"),

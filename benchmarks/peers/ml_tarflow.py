@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from biflow import interop
 from biflow.models import TarFlow
@@ -45,11 +45,8 @@ def load(path: str | Path) -> ModuleType:
     return module
 
 
-def ml_tarflow(flow: TarFlow, y: Tensor | None, path: str | Path) -> Peer:
-    """The peer with the weights of `flow`; labels as in `flow.decode`, but none negative.
-
-    Raises ValueError for a configuration that ml-tarflow does not have, or a Model of another interface.
-    """
+def load_model(flow: TarFlow, path: str | Path) -> nn.Module:
+    """The checkout's Model with the weights of `flow`. Errors as `ml_tarflow`."""
     c = flow.config
     if c.head_dim != HEAD_DIM:
         raise ValueError(f"head_dim: ml-tarflow has {HEAD_DIM} only, got {c.head_dim}")
@@ -71,6 +68,15 @@ def ml_tarflow(flow: TarFlow, y: Tensor | None, path: str | Path) -> Peer:
         except (TypeError, RuntimeError, AttributeError) as error:
             reason = textwrap.shorten(str(error), 200)
             raise ValueError(f"peer ml-tarflow: {path} has another Model than expected ({reason})") from error
+    return model
+
+
+def ml_tarflow(flow: TarFlow, y: Tensor | None, path: str | Path) -> Peer:
+    """The peer with the weights of `flow`; labels as in `flow.decode`, but none negative.
+
+    Raises ValueError for a configuration that ml-tarflow does not have, or a Model of another interface.
+    """
+    model = load_model(flow, path)
     return Peer(
         "ml-tarflow",
         lambda i, z: model.blocks[i].reverse(z, y),  # what its Model.reverse calls; it may write into its argument

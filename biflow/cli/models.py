@@ -1,6 +1,5 @@
 """What one does with a checkpoint: sample, calibrate, evaluate, info."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -39,9 +38,7 @@ def sample(
     solver: Annotated[
         str | None, typer.Option("--solver", help="Exact flow: sequential, jacobi, windowed or auto.  [default: auto]")
     ] = None,
-    precision: Annotated[
-        str, typer.Option("--precision", help="Of the decode: fp32, or bf16 with an exact flow.")
-    ] = "fp32",
+    precision: Annotated[str, typer.Option("--precision", help="Of the decode: fp32 or bf16.")] = "fp32",
 ) -> None:
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
@@ -70,7 +67,7 @@ def sample(
         raise ValueError(f"--solver: expected with an exact flow; a learned inverse has one pass; got {solver!r}")
     options |= {"guidance": guidance, "temperature": temperature, "generator": torch.Generator().manual_seed(seed)}
     options["precision"] = precision
-    with model.frozen() if isinstance(model, TarFlow) else contextlib.nullcontext():
+    with model.frozen():
         images = torch.cat(
             [
                 model.sample(min(BATCH, n - start), None if y is None else y[start : start + BATCH], **options)

@@ -25,8 +25,7 @@ KERNEL_DEVICES = tuple(
 class Norm(nn.Module):
     """LayerNorm (weight, bias; eps 1e-5) or RMSNorm (weight; eps 1e-6) over the last dimension.
 
-    x (..., width) any float dtype -> the same shape and dtype, under autocast (but for fp64) in its dtype, in which the
-    linear layer that comes next reads; computed in fp32 (fp64 for fp64).
+    x (..., width) any float dtype -> the same shape in `dtype` (None: x's); computed in fp32 (fp64 for fp64).
     """
 
     def __init__(self, kind: str, width: int):
@@ -37,18 +36,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps, dtype=_autocast_dtype(x))
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return ops.norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps, dtype=dtype)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """y = norm of h, and h = residual + x, in one pass where there is a kernel."""
-        dtype = _autocast_dtype(residual)
-        return ops.add_norm(x, residual, self.weight, self.bias, kind=self.kind, eps=self.eps, dtype=dtype)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
+    def add(self, x: Tensor, h: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of x + h, and x + h, in one pass where there is a kernel."""
+        return ops.add_norm(x, h, self.weight, self.bias, kind=self.kind, eps=self.eps, dtype=dtype)
 
 
 class Layer(nn.Module):
@@ -85,16 +78,25 @@ class Layer(nn.Module):
         attention logits.
         """
         batch, length, width = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        dtype = input_dtype(self.qkv)  # in bf16 passes and under autocast not the residual stream's
+        q, k, v = (
+            self.qkv(self.norm1(h, dtype)).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope, prefix), apply_rope(k, *rope, prefix)
         o = ops.attention(q, k, v, causal=causal, scale=self.head_dim**-0.5 / attn_temp)
-        m, h = self.norm2.add(self.proj(o.transpose(1, 2).reshape(batch, length, width)), h)
+        m, h = self.norm2.add(self.proj(o.transpose(1, 2).reshape(batch, length, width)), h, dtype)
         m = self.fc1(m)
-        m = ops.gate(m, kind=self.gate)
+        m = ops.gate(m, self.gate)
         return h + self.fc2(m)
+
+
+def input_dtype(linear: nn.Linear) -> torch.dtype:
+    """The dtype in which a linear layer multiplies what it gets: its weight's, or autocast's."""
+    own, kind = linear.weight.dtype, linear.weight.device.type
+    return torch.get_autocast_dtype(kind) if own != torch.float64 and torch.is_autocast_enabled(kind) else own
 
 
 def mlp_width(ratio: float, width: int) -> int:

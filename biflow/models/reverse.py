@@ -28,8 +28,7 @@ from biflow.models.layers import (
     rope_tables,
     unpatchify,
 )
-
-PRECISIONS = ("fp32",)
+from biflow.models.passes import PRECISIONS, PassModule
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class GuidanceEmbedding(nn.Module):
         return h.unflatten(1, (self.tokens, -1))
 
 
-class BiFlow(nn.Module):
+class BiFlow(PassModule):
     """The learned inverse G: z (and a class, and a guidance strength) -> clean image, in one parallel pass."""
 
     def __init__(self, config: BiFlowConfig):
@@ -188,7 +187,10 @@ class BiFlow(nn.Module):
             y: labels (B,) int64; -1 or None: no class; guidance does not act on those.
             guidance: w in [0, max_guidance] if trained in, any w >= 0 otherwise; 0 means none. Trained in:
                 G(z | y, w). Otherwise G(z | y) + w (G(z | y) - G(z)).
-            precision: "fp32".
+            precision: "fp32", or "bf16": what the layers multiply is rounded to bf16 (models/passes.py).
+
+        On a GPU the pass is recorded as a CUDA graph at the first call of each shape, and replayed after that; weights
+        may change between calls in every way that torch knows of (`Passes`).
 
         Returns:
             x (B,C,H,W) fp32, about [-1, 1], not clamped.
@@ -204,16 +206,19 @@ class BiFlow(nn.Module):
             guidance = check_number("guidance", guidance, minimum=0)
             if guidance > 0 and not c.num_classes:
                 raise ValueError(f"guidance: expected 0 for a model without classes, got {guidance:g}")
-            if c.max_guidance:
-                if guidance > c.max_guidance:
-                    raise ValueError(f"guidance: expected at most {c.max_guidance:g} (as trained), got {guidance:g}")
-                w = None if y is None else torch.where(y < 0, 0.0, guidance).to(z.dtype)
-                x = self(z, y, w)
+            if c.max_guidance and guidance > c.max_guidance:
+                raise ValueError(f"guidance: expected at most {c.max_guidance:g} (as trained), got {guidance:g}")
+            w = None if y is None or not c.num_classes else torch.where(y < 0, 0.0, guidance).to(z.dtype)
+            if c.max_guidance or guidance == 0 or y is None:
+                x = self.passes("forward", precision, z, y, w if c.max_guidance else None)
             else:
-                x = self(z, y)
-                if guidance > 0 and y is not None:
-                    x = x + guidance * (x - self(z))
+                x = self.passes("_guided", precision, z, y, w)
             return unpatchify(x, c.patch_size)
+
+    def _guided(self, z: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        """Guidance in two passes: G(z | y) + w (G(z | y) - G(z))."""
+        x = self(z, y)
+        return x + w[:, None, None] * (x - self(z))
 
     def sample(
         self,

@@ -31,6 +31,7 @@ from biflow.models.layers import (
     patchify,
     unpatchify,
 )
+from biflow.models.passes import PassModule
 from biflow.ops import BlockConfig
 
 LARGEST_HEAD = 256  # of ops.decode_block
@@ -133,7 +134,7 @@ class TarFlowConfig:
         )
 
 
-class TarFlow(nn.Module):
+class TarFlow(PassModule):
     """The forward model. encode: data to noise in one parallel pass; decode: its exact inverse, by one of the solvers.
 
     log p(x) = log N(z; 0, I) + log|det dz/dx| (arXiv 2412.06329, eq. 5), with z and logdet from `encode`.
@@ -164,9 +165,9 @@ class TarFlow(nn.Module):
             y: class labels (B,) int64; -1 or None: unconditional (the mean class embedding).
             context: (B,S,context_dim) of x's dtype, or None (one learned null token).
             return_states: also return the trajectory.
-            precision: None: the differentiable pass, in x's dtype. "fp32", "bf16": the packed kernels of `decode`, for
-                fp32 models, faster on a CPU (docs/results.md); no gradient. In bf16 the layers' weights, and what they
-                multiply, are rounded; z and logdet are fp32.
+            precision: None: the differentiable pass, in x's dtype. "fp32", "bf16": for fp32 models, faster
+                (docs/results.md), no gradient: on a CPU by the packed kernels of `decode`, on a GPU as a CUDA graph
+                (`Passes`). In bf16 the layers' weights, and what they multiply, are rounded; z and logdet are fp32.
 
         Returns:
             z (B,T,D) in x's dtype; logdet (B,) = log|det dz/dx| in nats, fp32 (fp64 for fp64 x); with return_states the
@@ -188,6 +189,8 @@ class TarFlow(nn.Module):
                 f"precision: expected None where a gradient is wanted, or torch.no_grad() around; got {precision!r}"
             )
         with torch.autocast(weight.device.type, enabled=False):
+            if weight.device.type != "cpu":
+                return self.passes("forward", precision, x, y, context, return_states=return_states)
             states, logdet = [patchify(x, c.patch_size)], 0.0
             for block in self.blocks:
                 h, block_logdet = block.encode_packed(states[-1], solvers.Condition(y, context, precision=precision))
@@ -327,6 +330,7 @@ class TarFlow(nn.Module):
         weights: as long as a step or two of the decode). Inside it looks once; weights must not change.
         """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(super().frozen())
             for block in self.blocks:
                 stack.enter_context(block.frozen())
             yield

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from biflow.ops._arrays import takes_arrays
 from biflow.ops._checks import (
     CLIP_ON,
     LAYOUTS,
@@ -17,6 +18,7 @@ from biflow.ops._checks import (
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@takes_arrays
 def affine_encode(
     x: Tensor,
     params: Tensor,
@@ -66,6 +68,7 @@ def affine_encode(
     return torch.ops.biflow.affine_encode(x, params, *options, mask)
 
 
+@takes_arrays
 def affine_decode(
     z: Tensor,
     params: Tensor,

@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from biflow.ops._arrays import takes_arrays
 from biflow.ops._checks import check_flag, check_number, check_tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@takes_arrays
 def attention(
     q: Tensor,
     k: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from biflow import _library  # noqa: F401
+from biflow.ops._arrays import takes_arrays
 from biflow.ops._checks import check_buffer, check_window
 from biflow.ops.decode_block import BlockConfig, BlockWeights, Condition, check_block_call, condition
 
@@ -19,6 +20,7 @@ def _options(weights: BlockWeights, given: Condition) -> dict[str, object]:
     return dict(weights.shape_options, layout=affine["layout"], flip=affine["flip"], **given.options)
 
 
+@takes_arrays
 def block_params(
     x: Tensor,
     weights: BlockWeights,

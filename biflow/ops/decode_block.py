@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from biflow import _library  # noqa: F401
+from biflow.ops._arrays import takes_arrays
 from biflow.ops._checks import (
     CLIP_ON,
     LAYOUTS,
@@ -265,6 +266,7 @@ def _condition(weights: BlockWeights, batch: int, y: Tensor | None, context: Ten
     return added, prefix
 
 
+@takes_arrays
 def decode_block(
     z: Tensor,
     weights: BlockWeights,

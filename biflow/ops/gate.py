@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from biflow.ops._arrays import takes_arrays
 from biflow.ops._checks import check_choice, check_tensor
 from biflow.ops._triton import kernels
 
@@ -14,7 +15,8 @@ KINDS = ("swiglu", "gelu")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def gate(m: Tensor, *, kind: str) -> Tensor:
+@takes_arrays
+def gate(m: Tensor, kind: str) -> Tensor:
     """What an MLP does between its two linear layers.
 
     kind "gelu": m Phi(m) with the exact normal distribution function (Hendrycks and Gimpel, arXiv 1606.08415);

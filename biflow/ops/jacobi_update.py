@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from biflow import _library  # noqa: F401
+from biflow.ops._arrays import takes_arrays
 from biflow.ops._checks import (
     CLIP_ON,
     LAYOUTS,
@@ -20,6 +21,7 @@ from biflow.ops._checks import (
 )
 
 
+@takes_arrays
 def jacobi_update_(
     x: Tensor,
     z: Tensor,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from biflow.ops._arrays import takes_arrays
 from biflow.ops._checks import check_choice, check_number, check_tensor
 from biflow.ops._triton import kernels
 
@@ -16,6 +17,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WIDEST = 8192  # channels: the kernels hold a row in registers
 
 
+@takes_arrays
 def norm(
     x: Tensor,
     weight: Tensor,
@@ -55,6 +57,7 @@ def norm(
     return _composed(x, weight, bias, kind, eps, dtype)
 
 
+@takes_arrays
 def add_norm(
     x: Tensor,
     residual: Tensor,
@@ -70,8 +73,8 @@ def add_norm(
     Arguments, errors and gradients as in norm, and:
 
     Args:
-        residual: shape and device of x, any of the dtypes; float64 beside float64 only.
-        dtype: of y; None: that of h.
+        residual: shape and device of x, any of the dtypes; float64 beside float64 only. Where x is a branch's result in
+            bfloat16 beside a float32 stream, y is bfloat16 too, and h is float32.
 
     Returns:
         y: (..., C), norm of h as rounded to its dtype.
@@ -81,7 +84,7 @@ def add_norm(
     if _has_kernel(x, residual.dtype):
         return torch.ops.biflow.add_norm(x, residual, weight, bias, kind, eps, dtype)
     h = x + residual
-    return _composed(h, weight, bias, kind, eps, dtype), h
+    return _composed(h, weight, bias, kind, eps, dtype or x.dtype), h
 
 
 def _composed(x, weight, bias, kind, eps, dtype):
@@ -157,7 +160,7 @@ def _(x, weight, bias, kind, eps, dtype=None):
 @torch.library.register_fake("biflow::add_norm")
 def _(x, residual, weight, bias, kind, eps, dtype=None):
     h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return torch.empty_like(h, dtype=dtype), h
+    return x.new_empty(x.shape, dtype=dtype), h
 
 
 @torch.library.register_fake("biflow::norm_backward")

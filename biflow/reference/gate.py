@@ -5,7 +5,7 @@ import math
 import torch
 
 
-def gate(m, *, kind):
+def gate(m, kind):
     if kind == "gelu":
         return 0.5 * m * (1 + torch.erf(m / math.sqrt(2)))
     a, b = m.chunk(2, dim=-1)

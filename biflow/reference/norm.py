@@ -15,4 +15,4 @@ def norm(x, weight, bias=None, *, kind, eps, dtype=None):
 
 def add_norm(x, residual, weight, bias=None, *, kind, eps, dtype=None):
     h = x + residual
-    return norm(h, weight, bias, kind=kind, eps=eps, dtype=dtype), h
+    return norm(h, weight, bias, kind=kind, eps=eps, dtype=dtype or x.dtype), h

@@ -14,21 +14,21 @@ PROGRAMS = 512  # at most, of the gradients: each writes one row of partial sums
 
 
 @triton.jit
-def _place(row, size1, size2, stride0, stride1, stride2):
-    """Offset of a row of a tensor whose leading dimensions are (any, size1, size2)."""
-    return row // (size1 * size2) * stride0 + row // size2 % size1 * stride1 + row % size2 * stride2
+def _place(row, inner, outer_stride, stride):
+    """Offset of a row, where `inner` rows lie `stride` apart and so on from each multiple of outer_stride."""
+    return row // inner * outer_stride + row % inner * stride
 
 
 @triton.jit
 def forward(
-    x, residual, weight, bias, h, y, rows, size1, size2, stride0, stride1, stride2, eps,
+    x, residual, weight, bias, h, y, rows, inner, outer_stride, stride, eps,
     C: tl.constexpr, LAYERNORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < C)
     dense = row * C + column
-    value = tl.load(x + _place(row, size1, size2, stride0, stride1, stride2) + column, inside, 0.0).to(tl.float32)
+    value = tl.load(x + _place(row, inner, outer_stride, stride) + column, inside, 0.0).to(tl.float32)
     if residual is not None:
         total = value + tl.load(residual + dense, inside, 0.0).to(tl.float32)
         rounded = total.to(h.dtype.element_ty)
@@ -46,7 +46,7 @@ def forward(
 
 @triton.jit
 def backward(
-    grad_y, grad_h, h, weight, grad_x, grad_narrow, partial, rows, size1, size2, stride0, stride1, stride2, eps,
+    grad_y, grad_h, h, weight, grad_x, grad_narrow, partial, rows, inner, outer_stride, stride, eps,
     C: tl.constexpr, LAYERNORM: tl.constexpr, BIAS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def backward(
         row = first + tile * ROWS
         inside = (row < rows) & (column < C)
         dense = row * C + column
-        value = tl.load(h + _place(row, size1, size2, stride0, stride1, stride2) + column, inside, 0.0).to(tl.float32)
+        value = tl.load(h + _place(row, inner, outer_stride, stride) + column, inside, 0.0).to(tl.float32)
         grad = tl.load(grad_y + dense, inside, 0.0).to(tl.float32)
         if grad_h is not None:  # here, so that it does not wait for the sums
             straight = tl.load(grad_h + dense, inside, 0.0).to(tl.float32)
@@ -116,20 +116,19 @@ def tiles_per_program(rows: int, tile_rows: int) -> int:
     return triton.next_power_of_2(triton.cdiv(triton.cdiv(rows, tile_rows), PROGRAMS))
 
 
-def place(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
-    """x (..., C), or a contiguous copy if more than three strides lead to its rows; the arguments of `_place`."""
+def place(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """x (..., C), or a contiguous copy if more than two strides lead to its rows; the arguments of `_place`."""
     if x.is_contiguous():
-        return x, (1, 1, x.shape[-1], 0, 0)
-    sizes, strides = [], []
+        return x, (1, x.shape[-1], 0)
+    sizes, strides = [1], [0]
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size > 1 and strides and strides[-1] == size * stride:
+        if strides[-1] == size * stride:
             sizes[-1], strides[-1] = sizes[-1] * size, stride
         elif size > 1:
             sizes, strides = [*sizes, size], [*strides, stride]
     if x.stride(-1) != 1 or len(sizes) > 3:
         return place(x.contiguous())
-    missing = 3 - len(sizes)
-    return x, (*[*sizes, *[1] * missing][1:], *strides, *[0] * missing)
+    return x, (1, strides[-1], 0) if len(sizes) < 3 else (sizes[2], strides[1], strides[2])
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, dtype: torch.dtype | None) -> Tensor:
@@ -142,7 +141,7 @@ def add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    y = torch.empty_like(h, dtype=dtype)
+    y = x.new_empty(x.shape, dtype=dtype)
     _forward(x, residual.contiguous(), weight, bias, h, y, kind, eps)
     return y, h
 
