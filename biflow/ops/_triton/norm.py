@@ -120,15 +120,15 @@ def place(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """x (..., C), or a contiguous copy if more than two strides lead to its rows; the arguments of `_place`."""
     if x.is_contiguous():
         return x, (1, x.shape[-1], 0)
-    sizes, strides = [1], [0]
+    sizes, strides = [], []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if strides[-1] == size * stride:
+        if size > 1 and strides and strides[-1] == size * stride:
             sizes[-1], strides[-1] = sizes[-1] * size, stride
         elif size > 1:
             sizes, strides = [*sizes, size], [*strides, stride]
-    if x.stride(-1) != 1 or len(sizes) > 3:
+    if x.stride(-1) != 1 or len(sizes) > 2:
         return place(x.contiguous())
-    return x, (1, strides[-1], 0) if len(sizes) < 3 else (sizes[2], strides[1], strides[2])
+    return x, (1, *strides, *[0] * (2 - len(strides))) if len(sizes) < 2 else (sizes[1], *strides)
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, dtype: torch.dtype | None) -> Tensor:
