@@ -58,15 +58,17 @@ def _check(m, kind):
 # --- the torch ops: CUDA only --------------------------------------------------------------------------------------
 
 
-@torch.library.impl("biflow::gate", "CUDA")
 def _gate(m, kind):
     _check(m, kind)
     return kernels("gate").gate(m, kind)
 
 
-@torch.library.impl("biflow::gate_backward", "CUDA")
 def _gate_backward(grad_y, m, kind):
     return kernels("gate").gate_backward(grad_y, m, kind)
+
+
+for _name, _kernel in (("gate", _gate), ("gate_backward", _gate_backward)):
+    torch.library.impl(f"biflow::{_name}", "CUDA", _kernel)
 
 
 @torch.library.register_fake("biflow::gate")

@@ -51,7 +51,7 @@ def norm(
         TypeError: a dtype not listed, an eps that is no number. ValueError: a shape, device, kind or eps that does not
             fit. RuntimeError: CUDA tensors without Triton, which torch's CUDA wheels for Linux bring.
     """
-    _check(x, None, weight, bias, kind, eps, dtype)
+    _check(x, weight, bias, kind, eps, dtype)
     if _has_kernel(x, x.dtype):
         return torch.ops.biflow.norm(x, weight, bias, kind, eps, dtype)
     return _composed(x, weight, bias, kind, eps, dtype)
@@ -80,7 +80,8 @@ def add_norm(
         y: (..., C), norm of h as rounded to its dtype.
         h: (..., C), x + residual in the dtype that torch's addition has. Both contiguous if x and residual are.
     """
-    _check(x, residual, weight, bias, kind, eps, dtype)
+    _check(x, weight, bias, kind, eps, dtype)
+    _check_beside("residual", residual, x, x.shape)
     if _has_kernel(x, residual.dtype):
         return torch.ops.biflow.add_norm(x, residual, weight, bias, kind, eps, dtype)
     h = x + residual
@@ -107,64 +108,68 @@ def _has_kernel(x, residual_dtype):
     return x.is_cuda and torch.float64 not in (x.dtype, residual_dtype) and x.shape[-1] <= _WIDEST
 
 
-def _check(x, residual, weight, bias, kind, eps, dtype):
+def _check(x, weight, bias, kind, eps, dtype):
     check_tensor("x", x)
     if x.dtype not in _DTYPES:
         raise TypeError(f"x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected (..., C) with at least one channel, got shape {tuple(x.shape)}")
-    row = x.shape[-1:]
-    for name, t, shape in (("residual", residual, x.shape), ("weight", weight, row), ("bias", bias, row)):
-        if t is None and name != "weight":
-            continue
-        check_tensor(name, t)
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
-        if t.dtype == torch.float64 and x.dtype != torch.float64:
-            raise TypeError(f"{name}: float64 goes with float64 x only, got {t.dtype} beside x {x.dtype}")
-        if t.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} like x, got {t.device}")
+    _check_beside("weight", weight, x, x.shape[-1:])
+    if bias is not None:
+        _check_beside("bias", bias, x, x.shape[-1:])
     if dtype is not None and (dtype not in _DTYPES or (dtype == torch.float64 and x.dtype != dtype)):
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or None beside x {x.dtype}, got {dtype}")
     check_choice("kind", kind, KINDS)
     check_number("eps", eps, above=0)
 
 
+def _check_beside(name, t, x, shape):
+    check_tensor(name, t)
+    if t.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+    if t.dtype == torch.float64 and x.dtype != torch.float64:
+        raise TypeError(f"{name}: float64 goes with float64 x only, got {t.dtype} beside x {x.dtype}")
+    if t.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like x, got {t.device}")
+
+
 # --- the torch ops: CUDA only --------------------------------------------------------------------------------------
 
 
-@torch.library.impl("biflow::norm", "CUDA")
-def _norm(x, weight, bias, kind, eps, dtype=None):
-    _check(x, None, weight, bias, kind, eps, dtype)
+def _norm(x, weight, bias, kind, eps, dtype):
+    _check(x, weight, bias, kind, eps, dtype)
     return kernels("norm").norm(x, weight, bias, kind, eps, dtype)
 
 
-@torch.library.impl("biflow::add_norm", "CUDA")
-def _add_norm(x, residual, weight, bias, kind, eps, dtype=None):
-    _check(x, residual, weight, bias, kind, eps, dtype)
+def _add_norm(x, residual, weight, bias, kind, eps, dtype):
+    _check(x, weight, bias, kind, eps, dtype)
+    _check_beside("residual", residual, x, x.shape)
     return kernels("norm").add_norm(x, residual, weight, bias, kind, eps, dtype)
 
 
-@torch.library.impl("biflow::norm_backward", "CUDA")
-def _norm_backward(grad_y, grad_h, h, weight, bias, kind, eps, narrow=None):
+def _norm_backward(grad_y, grad_h, h, weight, bias, kind, eps, narrow):
     return kernels("norm").norm_backward(grad_y, grad_h, h, weight, bias, kind, eps, narrow)
 
 
+for _name, _kernel in (("norm", _norm), ("add_norm", _add_norm), ("norm_backward", _norm_backward)):
+    torch.library.impl(f"biflow::{_name}", "CUDA", _kernel)
+
+
 @torch.library.register_fake("biflow::norm")
-def _(x, weight, bias, kind, eps, dtype=None):
+def _(x, weight, bias, kind, eps, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
 @torch.library.register_fake("biflow::add_norm")
-def _(x, residual, weight, bias, kind, eps, dtype=None):
+def _(x, residual, weight, bias, kind, eps, dtype):
     h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     return x.new_empty(x.shape, dtype=dtype), h
 
 
 @torch.library.register_fake("biflow::norm_backward")
-def _(grad_y, grad_h, h, weight, bias, kind, eps, narrow=None):
+def _(grad_y, grad_h, h, weight, bias, kind, eps, narrow):
     absent = (0,)
     return (
         h.new_empty(h.shape),
