@@ -35,13 +35,26 @@ MAY_IMPORT = {
 TOP = {"cli", "demo"}  # imported by nothing below them
 
 # An op is a stem; `git ls-files '*affine*'` shows its whole life.
-STEMS = ("affine", "attention", "block_params", "decode_block", "jacobi_update")
-OTHER_NAMES = {"pack_block": "decode_block"}  # ops of a stem whose name does not begin with it
+STEMS = ("affine", "attention", "block_params", "decode_block", "gate", "jacobi_update", "norm")
+# ops of a stem whose name does not begin with it
+OTHER_NAMES = {"pack_block": "decode_block", "add_norm": "norm"}
 # Torch's own fused attention is the CPU kernel of `attention`: it needs no csrc and no bindings until CUDA has one.
 KERNEL_IS_TORCH = {"attention"}
+# Bound by bandwidth and simple: Triton on CUDA, torch's own functions on a CPU. No csrc and no bindings.
+KERNEL_IS_TRITON = {"norm", "gate"}
 # questions about the machine, about weights, about a size: no maths
 NOT_OPS = {"cpu_isa", "force_cpu_isa", "weights_fingerprint", "block_cache_size"}
-PUBLIC = ("affine_encode", "affine_decode", "attention", "block_params", "decode_block", "jacobi_update_")
+PUBLIC = (
+    "add_norm",
+    "affine_encode",
+    "affine_decode",
+    "attention",
+    "block_params",
+    "decode_block",
+    "gate",
+    "jacobi_update_",
+    "norm",
+)
 
 
 def files(folder: str, *patterns: str) -> list[Path]:
@@ -241,12 +254,29 @@ def test_every_module_of_ops_and_reference_is_a_stem():
 @pytest.mark.parametrize("stem", STEMS)
 def test_stem_has_every_floor(stem):
     floors = [f"biflow/ops/{stem}.py", f"tests/test_{stem}.py", f"benchmarks/bench_{stem}.py"]
-    if stem not in KERNEL_IS_TORCH:
+    if stem in KERNEL_IS_TRITON:
+        floors += [f"biflow/ops/_triton/{stem}.py"]
+    elif stem not in KERNEL_IS_TORCH:
         floors += [f"csrc/{stem}.h", f"csrc/cpu/{stem}.cpp", f"bindings/{stem}.cpp"]
     assert [f for f in floors if not (ROOT / f).exists()] == []
 
 
-@pytest.mark.parametrize("stem", sorted(set(STEMS) - KERNEL_IS_TORCH))
+def test_every_triton_kernel_belongs_to_a_stem():
+    assert {p.stem for p in (PACKAGE / "ops" / "_triton").glob("*.py")} - {"__init__"} == KERNEL_IS_TRITON
+
+
+def test_only_kernels_import_triton():
+    """biflow works without it: it is imported when the first CUDA tensor comes."""
+
+    def imports_triton(text):
+        return re.findall(r"^(?:import|from) triton\b.*", text, re.MULTILINE)
+
+    kernels = {PACKAGE / "ops" / "_triton" / f"{stem}.py" for stem in KERNEL_IS_TRITON}
+    assert violations([p for p in files("biflow", "*.py") if p not in kernels], imports_triton) == []
+    assert all(imports_triton(p.read_text()) for p in kernels)
+
+
+@pytest.mark.parametrize("stem", sorted(set(STEMS) - KERNEL_IS_TORCH - KERNEL_IS_TRITON))
 def test_stem_is_compiled(stem):
     cmake = (ROOT / "CMakeLists.txt").read_text()
     assert f"csrc/cpu/{stem}.cpp" in cmake
