@@ -46,7 +46,7 @@ class Launch {
 
   void* stream() const { return stream_; }
 
-  // The memory of a contiguous tensor, as the kernels use it.
+  // The memory of a tensor, from its first element to its last, as the kernels use it.
   const void* reads(const torch::stable::Tensor& t) const {
     tell(t, true);
     return t.const_data_ptr();
@@ -68,7 +68,9 @@ class Launch {
  private:
   static void tell(const torch::stable::Tensor& t, bool initialised) {
 #ifdef BIFLOW_EMULATED
-    emulator::adopt(t.const_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size(), initialised);
+    int64_t elements = t.numel() > 0 ? 1 : 0;
+    for (int i = 0; i < t.dim() && elements > 0; ++i) elements += (t.size(i) - 1) * t.stride(i);
+    emulator::adopt(t.const_data_ptr(), static_cast<size_t>(elements) * t.element_size(), initialised);
 #else
     (void)t, (void)initialised;
 #endif

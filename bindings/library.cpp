@@ -59,8 +59,15 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
       "str clip, float clip_value, str clip_on, bool causal, bool flip, Tensor? mask) "
       "-> (Tensor grad_z, Tensor grad_params)");
 
-  // softmax(q k^T scale) v; mask (B, T) bool over keys
+  // softmax(q k^T scale) v; mask (B, T) bool over keys. _qkv: of a layer's packed projection, with norm and rotary
+  // embedding; _forward: both without gradient, (B, T, H, d), on a GPU; plan: csrc/attention.h, [] chooses one
   m.def("attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? mask) -> Tensor");
+  m.def(
+      "attention_qkv(Tensor qkv, int heads, bool causal, float scale, Tensor? mask, Tensor? q_norm, Tensor? k_norm, "
+      "float eps, Tensor? cos, Tensor? sin, int prefix) -> Tensor");
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? mask, Tensor? q_norm, "
+      "Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, int prefix, int[] plan) -> Tensor");
 
   // norm of x, or of h = x + residual; CUDA only, in Triton. narrow: a copy of the gradient in this dtype too
   m.def("norm(Tensor x, Tensor weight, Tensor? bias, str kind, float eps, ScalarType? dtype) -> Tensor");

@@ -1,9 +1,7 @@
 """The CUDA build: no spills on any architecture, tensor cores and 16-byte accesses where they were meant."""
 
-import pytest
-
 import biflow._C
-
+import pytest
 from cuda_binary import ARCHITECTURES, cuobjdump, kernels, table
 
 pytestmark = [

@@ -160,7 +160,7 @@ def test_layer_under_autocast(norm):
                 patch.setattr(Norm, "add", lambda self, x, h, dtype=None, f=Norm.add: f(self, x, h, torch.float32))
             x = h.clone().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
-                out = layer(x, None, causal=True)
+                out = sum(layer(x, x, None, causal=True))
             results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
     assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2
     assert results[0][0].dtype == torch.float32

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from biflow import ops, reference
-from biflow.models.layers import apply_rope
+from biflow.ops.attention import apply_rope
 
 from .limits import rate
 from .timing import Call, Timer

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from biflow import reference
-from biflow.models.layers import Layer, apply_rope, class_rows, unpatchify
+from biflow.models.layers import Layer, class_rows, unpatchify
 from biflow.models.tarflow import Block, TarFlow
+from biflow.ops.attention import apply_rope
 from biflow.solvers import Guidance
 
 

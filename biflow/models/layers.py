@@ -70,27 +70,42 @@ class Layer(nn.Module):
         self.fc2 = nn.Linear(mlp_hidden, width)
 
     def forward(
-        self, h: Tensor, rope: tuple[Tensor, Tensor] | None, *, causal: bool, prefix: int = 0, attn_temp: float = 1.0
-    ) -> Tensor:
-        """h (B,N,C) -> (B,N,C) in h's dtype.
+        self,
+        h: Tensor,
+        delta: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None,
+        *,
+        causal: bool,
+        prefix: int = 0,
+        attn_temp: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream h (B,N,C) and what is yet to be added to it, delta (None: nothing) -> both after the layer.
 
+        Their sum is the layer's result: the next layer's first norm adds them in the pass in which it reads them.
         rope: tables (N - prefix, d/2), or None; the first `prefix` tokens are not rotated. attn_temp divides the
         attention logits.
         """
-        batch, length, width = h.shape
         dtype = input_dtype(self.qkv)  # in bf16 passes and under autocast not the residual stream's
-        q, k, v = (
-            self.qkv(self.norm1(h, dtype)).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        if delta is None:
+            x = self.norm1(h, dtype)
+        else:
+            x, h = self.norm1.add(delta, h, dtype)
+        q_norm, k_norm = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        o = ops.attention_qkv(
+            self.qkv(x),
+            heads=self.heads,
+            causal=causal,
+            scale=self.head_dim**-0.5 / attn_temp,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=NORM_EPS["rmsnorm"],
+            rope=rope,
+            prefix=prefix,
         )
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = apply_rope(q, *rope, prefix), apply_rope(k, *rope, prefix)
-        o = ops.attention(q, k, v, causal=causal, scale=self.head_dim**-0.5 / attn_temp)
-        m, h = self.norm2.add(self.proj(o.transpose(1, 2).reshape(batch, length, width)), h, dtype)
-        m = self.fc1(m)
-        m = ops.gate(m, self.gate)
-        return h + self.fc2(m)
+        x, h = self.norm2.add(self.proj(o), h, dtype)
+        x = self.fc1(x)
+        x = ops.gate(x, self.gate)
+        return h, self.fc2(x)
 
 
 def input_dtype(linear: nn.Linear) -> torch.dtype:
@@ -162,14 +177,6 @@ def rope_tables(side: int, head_dim: int) -> tuple[Tensor, Tensor]:
     columns = angles(pairs - by_row)[None, :, :].expand(side, side, pairs - by_row)
     angle = torch.cat([rows, columns], dim=-1).reshape(side * side, pairs)
     return angle.cos().float(), angle.sin().float()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, prefix: int = 0) -> Tensor:
-    """Rotate channel pairs (2i, 2i+1) of x (B,H,N,d) by the tables (N - prefix, d/2); computed in the tables' dtype."""
-    head, tail = x[:, :, :prefix], x[:, :, prefix:]
-    even, odd = tail[..., 0::2], tail[..., 1::2]
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
-    return torch.cat([head, turned], dim=2) if prefix else turned
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:

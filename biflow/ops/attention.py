@@ -1,13 +1,20 @@
-"""Scaled dot-product attention over (B, H, T, d)."""
+"""Scaled dot-product attention over (B, H, T, d), and over a layer's packed projection (B, T, 3 H d).
+
+Without gradients, bf16 and fp16 on a GPU take the kernel of csrc/cuda/attention.cuh; everything else is torch's own
+attention.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from biflow import _library  # noqa: F401
 from biflow.ops._arrays import takes_arrays
-from biflow.ops._checks import check_flag, check_number, check_tensor
+from biflow.ops._checks import any_requires_grad, check_flag, check_number, check_tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HAS_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("biflow::attention_forward", "CUDA")
 
 
 @takes_arrays
@@ -31,16 +38,14 @@ def attention(
             hold, NaN included, does not matter. A query left without any key gives 0, with gradient 0.
 
     Returns:
-        (B, H, Tq, d), dtype of q. Empty inputs give empty results; Tk = 0 gives 0.
+        (B, H, Tq, d), dtype of q, any strides. Empty inputs give empty results; Tk = 0 gives 0.
 
     Raises:
         TypeError: a dtype not listed or not shared, a scale that is no number, a causal that is no bool. ValueError: a
             shape, device or scale that does not fit.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, t)
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+        _check_floats(name, t)
         if t.dtype != q.dtype:
             raise TypeError(f"{name}: expected {q.dtype} like q, got {t.dtype}")
         if t.device != q.device:
@@ -54,30 +59,190 @@ def attention(
     check_flag("causal", causal)
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"causal: expected as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected a bool Tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        if tuple(mask.shape) != (k.shape[0], k.shape[2]):
-            raise ValueError(f"mask: expected (B, Tk) = {(k.shape[0], k.shape[2])}, got {tuple(mask.shape)}")
-        if mask.device != q.device:
-            raise ValueError(f"mask: expected device {q.device} like q, got {mask.device}")
+    _check_mask("Tk", mask, (k.shape[0], k.shape[2]), "q", q.device)
+    return torch.ops.biflow.attention(q, k, v, causal, _check_scale(scale, q.shape[3]), mask)
+
+
+@takes_arrays
+def attention_qkv(
+    qkv: Tensor,
+    *,
+    heads: int,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    rope: tuple[Tensor, Tensor] | None = None,
+    prefix: int = 0,
+) -> Tensor:
+    """Self-attention of a transformer layer, from its packed projection: o = softmax(scale q k^T) v per head.
+
+    q and k first pass, per head and token, RMSNorm over the channels, x / sqrt(mean(x^2) + eps) * weight (arXiv
+    1910.07467), where a weight is given, and then the rotary embedding, which turns the channel pairs (2i, 2i + 1) by
+    the angles of the token (arXiv 2104.09864), where `rope` is given.
+
+    Args:
+        qkv: (B, T, 3 H d), the channels of a token ordered (q, k, v; head; channel); float32, bfloat16, float16 or
+            float64; any strides.
+        heads: H.
+        causal: token i attends to tokens <= i.
+        scale: factor of the logits; None: d^-0.5.
+        mask: (B, T) bool over keys, True = attend; as in `attention`.
+        q_norm, k_norm: (d,) weights of the norms, any float dtype, or None: no norm. The norms are computed in float32
+            (float64 for float64 qkv).
+        eps: of the norms, > 0.
+        rope: (cos, sin), each (T - prefix, d / 2), of one float dtype; None: no rotary embedding. It is computed in the
+            wider dtype of the tables and qkv.
+        prefix: the first tokens, which are not rotated.
+
+    Returns:
+        (B, T, H d), dtype of qkv: the heads of a token side by side, as the projection after attention reads them.
+
+    Raises:
+        TypeError: a dtype not listed, options of a wrong type. ValueError: a shape, device, scale or eps that does not
+            fit.
+    """
+    _check_floats("qkv", qkv)
+    for name, value in (("heads", heads), ("prefix", prefix)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    if heads < 1:
+        raise ValueError(f"heads: expected at least 1, got {heads}")
+    if qkv.dim() != 3 or qkv.shape[2] % (3 * heads) != 0:
+        raise ValueError(f"qkv: expected (B, T, 3 H d) with H = {heads}, got shape {tuple(qkv.shape)}")
+    batch, tokens, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // (3 * heads)
+    check_flag("causal", causal)
+    _check_mask("T", mask, (batch, tokens), "qkv", qkv.device)
+    if not 0 <= prefix <= tokens:
+        raise ValueError(f"prefix: expected 0 to T = {tokens}, got {prefix}")
+    for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if t is not None:
+            _check_floats(name, t, "qkv", qkv.device, ("d",), (d,))
+    cos = sin = None
+    if rope is not None:
+        if not isinstance(rope, (tuple, list)) or len(rope) != 2:
+            raise TypeError(f"rope: expected (cos, sin) or None, got {type(rope).__name__}")
+        if d % 2:
+            raise ValueError(f"rope: expected an even d, got {d}")
+        cos, sin = rope
+        for name, t in (("rope cos", cos), ("rope sin", sin)):
+            _check_floats(name, t, "qkv", qkv.device, ("T - prefix", "d / 2"), (tokens - prefix, d // 2))
+        if cos.dtype != sin.dtype:
+            raise TypeError(f"rope sin: expected {cos.dtype} like cos, got {sin.dtype}")
+    eps = check_number("eps", eps, above=0)
+    return torch.ops.biflow.attention_qkv(
+        qkv, heads, causal, _check_scale(scale, d), mask, q_norm, k_norm, eps, cos, sin, prefix
+    )
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, prefix: int = 0) -> Tensor:
+    """Rotate channel pairs (2i, 2i+1) of x (B,H,N,d) by the tables (N - prefix, d/2); computed in the tables' dtype."""
+    head, tail = x[:, :, :prefix], x[:, :, prefix:]
+    even, odd = tail[..., 0::2], tail[..., 1::2]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    return torch.cat([head, turned], dim=2) if prefix else turned
+
+
+def _check_floats(name, t, like=None, device=None, names=None, shape=None):
+    """A tensor of floats; like, device, names, shape: of `like`'s device, with that shape, written as names."""
+    check_tensor(name, t)
+    if t.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+    if shape is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected ({', '.join(names)}) = {shape}, got {tuple(t.shape)}")
+    if device is not None and t.device != device:
+        raise ValueError(f"{name}: expected device {device} like {like}, got {t.device}")
+
+
+def _check_mask(tokens, mask, shape, like, device):
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool Tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"mask: expected (B, {tokens}) = {shape}, got {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"mask: expected device {device} like {like}, got {mask.device}")
+
+
+def _check_scale(scale, d):
     if scale is None:
-        if q.shape[3] == 0:
+        if d == 0:
             raise ValueError("scale: d = 0 has no default scale, got None")
-        scale = q.shape[3] ** -0.5
-    return torch.ops.biflow.attention(q, k, v, causal, check_number("scale", scale), mask)
+        scale = d**-0.5
+    return check_number("scale", scale)
 
 
-@torch.library.impl("biflow::attention", "CompositeImplicitAutograd")
+# --- the ops ----------------------------------------------------------------------------------------------------------
+
+
+def _kernel_takes(q: Tensor, scale: float, *inputs: Tensor | None) -> bool:
+    """Whether attention_forward computes this: heads q, and everything that could want a gradient."""
+    return (
+        _HAS_KERNEL
+        and q.device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[3] in (32, 64, 128)
+        and 1e-30 < scale < 1e30
+        and not _wants_gradient(*inputs)
+    )
+
+
+def _wants_gradient(*inputs: Tensor | None) -> bool:
+    if torch.is_grad_enabled() and any_requires_grad(*inputs):
+        return True
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
+
+
+def _masked(mask: Tensor, *heads: Tensor) -> list[Tensor]:
+    """Keys and values (B, H, Tk, d) with zeros where the mask is False: a weight of 0 does not silence a NaN."""
+    return [t.masked_fill(~mask[:, None, :, None], 0) for t in heads]
+
+
 def _attention(q, k, v, causal, scale, mask):
+    if _kernel_takes(q, scale, q, k, v):
+        o = torch.ops.biflow.attention_forward(q, k, v, causal, scale, mask, None, None, 0.0, None, None, 0, [])
+        return o.transpose(1, 2)
     if k.shape[2] == 0:  # no key for any query
         return torch.zeros_like(q)
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
-    # a weight of 0 does not silence a NaN, so masked keys and values are blanked
-    k, v = (t.masked_fill(~mask[:, None, :, None], 0) for t in (k, v))
+    k, v = _masked(mask, k, v)
     allowed = mask[:, None, None, :]
     if causal:
         allowed = allowed & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     empty = ~allowed.any(dim=-1, keepdim=True)  # these rows attend to everything, then become 0: never NaN
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | empty, scale=scale).masked_fill(empty, 0)
+
+
+def _attention_qkv(qkv, heads, causal, scale, mask, q_norm, k_norm, eps, cos, sin, prefix):
+    q, k, v = qkv.unflatten(2, (3, heads, qkv.shape[2] // (3 * heads))).permute(2, 0, 3, 1, 4)
+    if _kernel_takes(q, scale, qkv, q_norm, k_norm, cos, sin):
+        small = [t if t is None else t.float() for t in (q_norm, k_norm, cos, sin)]
+        o = torch.ops.biflow.attention_forward(q, k, v, causal, scale, mask, *small[:2], eps, *small[2:], prefix, [])
+        return o.flatten(2)
+    if mask is not None:
+        k, v = _masked(mask, k, v)  # before the norm: its gradient would turn a NaN's 0 into NaN
+    q, k = _normed(q, q_norm, eps), _normed(k, k_norm, eps)
+    if cos is not None:
+        q, k = apply_rope(q, cos, sin, prefix), apply_rope(k, cos, sin, prefix)
+    return _attention(q, k, v, causal, scale, mask).transpose(1, 2).flatten(2)
+
+
+def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return x
+    wide = x if x.dtype == torch.float64 else x.float()
+    return F.rms_norm(wide, wide.shape[-1:], weight.to(wide.dtype), eps).to(x.dtype)
+
+
+torch.library.impl("biflow::attention", "CompositeImplicitAutograd", _attention)
+torch.library.impl("biflow::attention_qkv", "CompositeImplicitAutograd", _attention_qkv)
+
+
+@torch.library.register_fake("biflow::attention_forward")
+def _(q, k, v, causal, scale, mask, q_norm, k_norm, eps, cos, sin, prefix, plan):
+    batch, heads, tokens, d = q.shape
+    return q.new_empty((batch, tokens, heads, d))

@@ -5,7 +5,7 @@ in `_`, with autograd of any order.
 """
 
 from biflow.reference.affine import affine_decode, affine_encode
-from biflow.reference.attention import attention
+from biflow.reference.attention import attention, attention_qkv
 from biflow.reference.block_params import block_params
 from biflow.reference.decode_block import decode_block
 from biflow.reference.gate import gate
@@ -17,6 +17,7 @@ __all__ = [
     "affine_decode",
     "affine_encode",
     "attention",
+    "attention_qkv",
     "block_params",
     "decode_block",
     "gate",

@@ -182,4 +182,11 @@ BIFLOW_DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// 1 / sqrt(x): rsqrt.approx, 2 ulp.
+BIFLOW_DEVICE float rsqrt_fast(float x) {
+  float y;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace biflow::arch

@@ -10,20 +10,6 @@ void access(const void* p, size_t bytes, Access kind, const void* pc) {
   if (emulator::current != nullptr) emulator::check(p, bytes, kind, *emulator::current, pc, nullptr);
 }
 
-// The layout of libubsan's arguments.
-struct SourceLocation {
-  const char* file;
-  uint32_t line, column;
-};
-struct OutOfBounds {
-  SourceLocation at;
-};
-struct TypeMismatch {
-  SourceLocation at;
-};
-
-emulator::Location location(const SourceLocation& at) { return {at.file, static_cast<int>(at.line)}; }
-
 }  // namespace
 
 extern "C" {
@@ -48,14 +34,14 @@ void __tsan_vptr_read(void*) {}
 // the guard of a static variable in a function
 uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 
-void __ubsan_handle_out_of_bounds(OutOfBounds* data, uintptr_t index) {
-  emulator::fail("index %lld outside of an array at %s", static_cast<long long>(index),
-                 emulator::text_of(location(data->at)).c_str());
+void __ubsan_handle_out_of_bounds(void*, intptr_t index) {
+  emulator::fail("index %td outside of an array at %s", index,
+                 emulator::source_of(__builtin_return_address(0)).c_str());
 }
 
-void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, uintptr_t address) {
-  emulator::fail("misaligned access of address ...%03llx at %s", static_cast<unsigned long long>(address & 0xfff),
-                 emulator::text_of(location(data->at)).c_str());
+void __ubsan_handle_type_mismatch_v1(void*, uintptr_t address) {
+  emulator::fail("misaligned access to address ...%03x at %s", static_cast<unsigned>(address & 0xfff),
+                 emulator::source_of(__builtin_return_address(0)).c_str());
 }
 
 }  // extern "C"
