@@ -244,8 +244,9 @@ struct AffineTrip {
         const int i = k * V, second = V + l;  // pairs: elements l and V + l of a0 b0 a1 b1 ..
         x[l] = raw_v[i + l];
         if constexpr (kBackward) {
-          low[l] = !has_gradient ? Net(0) : !plan.pairs ? raw_a[i + l] : (l % 2 ? raw_b : raw_a)[i + l / 2];
-          high[l] = !has_gradient ? Net(0) : !plan.pairs ? raw_b[i + l] : (second % 2 ? raw_b : raw_a)[i + second / 2];
+          const int from = i + l / 2, second_from = i + second / 2;  // named: g++ -fsanitize loses them inside [ ]
+          low[l] = !has_gradient ? Net(0) : !plan.pairs ? raw_a[i + l] : (l % 2 ? raw_b : raw_a)[from];
+          high[l] = !has_gradient ? Net(0) : !plan.pairs ? raw_b[i + l] : (second % 2 ? raw_b : raw_a)[second_from];
         }
       }
       store_vector<kAligned>(x, output + at.data);
