@@ -25,10 +25,10 @@ namespace biflow::cuda {
 constexpr int kAffineThreads = 256;  // of a block
 constexpr int kAffineTrip = 16;      // bytes of arithmetic that a thread handles at least between loading and storing
 
-// Blocks of an SM to ask for: 48 registers a thread (5) or 64 (4) where nothing spills then; left alone (1) the compiler
-// takes at most 80, which are 3.
+// Blocks of an SM to ask for: 48 registers a thread (5) or 64 (4) where nothing spills then; where the compiler is not
+// asked (0), it takes at most 80, which are 3.
 template <class S, int V, bool kBackward>
-constexpr int kBlocks = sizeof(S) == 8 || (kBackward && V == 8) ? 1 : !kBackward && (V == 2 || V == 4) ? 5 : 4;
+constexpr int kBlocks = sizeof(S) == 8 || (kBackward && V == 8) ? 0 : !kBackward && (V == 2 || V == 4) ? 5 : 4;
 
 struct AffinePlan {
   bool encode;
