@@ -38,11 +38,13 @@ def value_and_grads(op, x, params, weights, **options):
     return y.detach(), logdet.detach(), *grads
 
 
-def run_reference(direction, x, params, weights, mask, options):
-    """RESULTS of biflow.reference; direction: "encode" or "decode"."""
+def run_reference(direction, x, params, weights, mask, options, device="cpu"):
+    """RESULTS of biflow.reference, on a device; direction: "encode" or "decode"."""
     extra = {} if direction == "encode" else {"return_logdet": True}
     op = getattr(reference, f"affine_{direction}")
-    return value_and_grads(op, x, params, weights, **options, **extra, mask=mask)
+    x, params, *weights = (t.to(device) for t in (x, params, *weights))
+    mask = None if mask is None else mask.to(device)
+    return [t.cpu() for t in value_and_grads(op, x, params, weights, **options, **extra, mask=mask)]
 
 
 def excess(got, same, exact, floor):
@@ -52,15 +54,19 @@ def excess(got, same, exact, floor):
     return error - (2 * allowed + floor)
 
 
-def assert_matches(run, x, params, mask, options):
-    """RESULTS of run(direction, x, params, weights, mask, options) in both directions, against fp64."""
+def assert_matches(run, x, params, mask, options, device="cpu"):
+    """RESULTS of run(direction, x, params, weights, mask, options) in both directions, against fp64.
+
+    device: where the reference of the same dtype runs: where the kernels do, as exp and log differ between devices.
+    """
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(t, generator=g, dtype=torch.float64) for t in (x.shape, x.shape[:1])]
     logdet_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     weights = [w.to(x.dtype if w.dim() == 3 else logdet_dtype) for w in weights]
     for direction in ("encode", "decode"):
-        got = run(direction, x, params, weights, mask, options)
-        same = run_reference(direction, x, params, weights, mask, options)
+        inputs = (x, params, weights, mask, options)
+        got = run(direction, *inputs)
+        same = run_reference(direction, *inputs, device)
         exact = run_reference(direction, x.double(), params.double(), weights, mask, options)
         for i, name in enumerate(RESULTS):
             assert got[i].dtype == (same[i].dtype if i else x.dtype)

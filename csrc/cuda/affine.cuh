@@ -25,10 +25,12 @@ namespace biflow::cuda {
 constexpr int kAffineThreads = 256;  // of a block
 constexpr int kAffineTrip = 16;      // bytes of arithmetic that a thread handles at least between loading and storing
 
-// Blocks of an SM to ask for: 48 registers a thread (5) or 64 (4) where nothing spills then; left alone (1) the compiler
-// takes at most 80, which are 3.
+// Blocks of an SM to ask for: 48 registers a thread (5) or 64 (4) where nothing spills then; where the compiler is not
+// asked (0), it takes at most 80, which are 3.
 template <class S, int V, bool kBackward>
-constexpr int kBlocks = sizeof(S) == 8 || (kBackward && V == 8) ? 1 : !kBackward && (V == 2 || V == 4) ? 5 : 4;
+constexpr int kBlocks = sizeof(S) == 8 || (kBackward && V == 8) ? 0
+                        : !kBackward && (V == 2 || V == 4)      ? 5
+                                                                : 4;
 
 struct AffinePlan {
   bool encode;
@@ -142,7 +144,7 @@ BIFLOW_DEVICE void store_vector(const T (&from)[V], T* to) {
     arch::Vector<T, V> v;
 #pragma unroll
     for (int i = 0; i < V; ++i) v.v[i] = from[i];
-    v.store(to);
+    v.store_global(to);
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) arch::Vector<T, 1>{{from[i]}}.store(to + i);

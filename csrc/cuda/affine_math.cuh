@@ -24,18 +24,21 @@ BIFLOW_DEVICE double absolute(double x) { return fabs(x); }
 BIFLOW_DEVICE float reciprocal(float x) { return __fdividef(1.0f, x); }
 BIFLOW_DEVICE double reciprocal(double x) { return 1 / x; }
 
-// log(1 + x) for x in [0, 1]: x + x^2 p(x) with a minimax p; 1.6 ulp over all floats there.
+// log(1 + x) for x in [0, 1], 1.4 ulp. In a sum of logarithms what is left of an error is its mean, here below 2^-29 in
+// every part of the interval (the polynomial is that of csrc/cpu/simd_math.h).
 BIFLOW_DEVICE float log_1p_unit(float x) {
-  float p = -0.003318469955301215f;
-  p = p * x + 0.020204572239180863f;
-  p = p * x - 0.057664418116222325f;
-  p = p * x + 0.10680552591368377f;
-  p = p * x - 0.1535539438055286f;
-  p = p * x + 0.19695399790962895f;
-  p = p * x - 0.24958587256737527f;
-  p = p * x + 0.3333051130184949f;
-  p = p * x - 0.49999932762826976f;
-  return p * (x * x) + x;
+  const bool upper = x > 0.5f;
+  const float f = upper ? x * 0.5f - 0.5f : x;  // 1 + f = (1 + x) / 2
+  float p = f * -0.0450800285f + 0.104643337f;
+  p = p * f - 0.13162069f;
+  p = p * f + 0.144785017f;
+  p = p * f - 0.16647245f;
+  p = p * f + 0.199908465f;
+  p = p * f - 0.250000983f;
+  p = p * f + 0.333334506f;
+  p = p * f - 0.5f;
+  const float high = upper ? 0x1.62e4p-1f : 0.0f, low = upper ? 0x1.7f7d1cp-20f : 0.0f;  // log 2
+  return f + (p * (f * f) + low) + high;
 }
 BIFLOW_DEVICE double log_1p_unit(double x) { return log1p(x); }
 
@@ -105,7 +108,7 @@ BIFLOW_DEVICE Scale<S> scale_map(S a, bool encode) {
   } else {
     const S t = a + 2;
     const S e = exponential(-absolute(t));
-    const S p = reciprocal(1 + e), q = e * p;
+    const S p = 1 / (1 + e), q = e * p;
     const S sigma = (t < 0 ? q : p) + S(1e-3), inverse = reciprocal(sigma);
     return {encode ? inverse : sigma, logarithm(sigma), p * q * inverse};
   }

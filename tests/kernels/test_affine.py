@@ -12,14 +12,15 @@ from biflow import ops, reference
 
 from .backends import get
 
-# Lanes of a sample are 1 to 256 threads, vectors 1 to 8 elements, chunks of a sample 8192 elements.
+# Vectors are of 1 to 8 elements, the lanes of a sample 1 to 256 threads, chunks of a sample 8192 elements.
 SHAPES = [
     (1, 1, 1),
     (700, 1, 2),  # a lane for each sample, three blocks
     (300, 3, 3),  # 4 lanes, several elements each
     (3, 5, 1),  # one channel
     (5, 7, 4),
-    (2, 67, 12),  # rows of three vectors
+    (9, 20, 12),  # 64 lanes in fp32; rows of three vectors
+    (5, 31, 15),  # 128 lanes
     (2, 49, 16),
     (2, 100, 19),  # odd rows, two trips of a block
     (1, 3, 1100),  # rows longer than a block, four trips
@@ -73,7 +74,7 @@ def test_matches_reference(backend, dtypes):
     step = 1 if dtypes[0] == dtypes[1] == torch.float32 else 7
     for i, options in enumerate(OPTIONS[::step]):
         x, params, mask = make(SHAPES[(i + i // len(SHAPES)) % len(SHAPES)], *dtypes, seed=i)
-        assert_matches(runner(backend), x, params, mask if i % 5 < 2 else None, options)
+        assert_matches(runner(backend), x, params, mask if i % 5 < 2 else None, options, backend.device)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -83,7 +84,7 @@ def test_every_shape_in_every_layout(backend, layout, shape):
     for (data, net), (causal, flip) in zip(dtypes, ((True, False), (True, True), (False, False)), strict=True):
         x, params, mask = make(shape, data, net)
         options = dict(layout=layout, scale="softplus", clip=("tanh", 2.0), clip_on="scale", causal=causal, flip=flip)
-        assert_matches(runner(backend), x, params, mask, options)
+        assert_matches(runner(backend), x, params, mask, options, backend.device)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 12), (2, 9, 16), (1, 600, 14), (2, 3, 2), (1, 5, 7)], ids=str)
