@@ -58,7 +58,6 @@ void record_read(Cell& cell, bool atomic, const Thread& thread) {
   const uint32_t me = thread.id | (atomic ? Cell::kAtomic : 0);
   if (cell.read[0] < grid.synced) {  // none, or before all that matters
     cell.read[0] = now, cell.reader[0] = me;
-    cell.read[1] = 0;
     return;
   }
   if (block_of(cell.reader[0] & Cell::kIdMask) != block_of(thread.id)) {

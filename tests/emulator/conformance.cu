@@ -220,6 +220,22 @@ void test_votes() {
   for (int i = 0; i < 9; ++i) expect(names[i], passed[i]);
 }
 
+// The last warp has 8 lanes; a full mask names those that there are.
+__global__ void small_warp_kernel(uint32_t* out) {
+  const int t = threadIdx.x;
+  const int next = __shfl_xor_sync(kAll, t, 1);
+  out[t] = __ballot_sync(kAll, t % 3 == 0) + 0x10000u * next;
+}
+
+void test_small_warp() {
+  Device<uint32_t> out(40);
+  require(arch::launch(small_warp_kernel, dim3(1), dim3(40), 0, nullptr, out.get()));
+  const auto values = out.values();
+  bool passed = true;
+  for (uint32_t t = 32; t < 40; ++t) passed &= values[t] == 0x92u + 0x10000u * (t ^ 1);  // 33, 36, 39
+  expect("a warp of 8 lanes", passed);
+}
+
 __global__ void syncwarp_kernel(const int* in, int* out) {
   BIFLOW_SHARED(int, values, [64]);
   const int t = threadIdx.x;
@@ -265,6 +281,7 @@ int main(int argc, char** argv) {
     test_shuffles();
     test_votes();
     test_syncwarp();
+    test_small_warp();
     test_memory();
     test_tensor_cores();
     test_arithmetic();

@@ -63,10 +63,6 @@ void release_block(Block& block) {
   block.synced = ++now;
   grid.spins = 0;
   if (kChecked) {
-    for (Warp& warp : block.warps) {
-      block.acquired.learn(warp.acquired);
-      warp.acquired.clear();
-    }
     for (Thread* thread : block.at_barrier) {
       block.acquired.learn(thread->acquired);
       thread->acquired.clear();
@@ -324,6 +320,7 @@ void grid_barrier(Location at) {
 cudaError_t launch(const Launch& launch) {
   const cudaError_t refused = refusal(launch);
   if (refused != cudaSuccess) return refused;
+  if (now > 0xf0000000u) throw Error("the emulator's clock ends here: start the process anew");
   const uint32_t blocks = launch.grid.x * launch.grid.y * launch.grid.z;
   grid.launch = launch;
   grid.total = uint64_t{blocks} * launch.block.x * launch.block.y * launch.block.z;

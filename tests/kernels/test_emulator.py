@@ -7,9 +7,9 @@ import pytest
 from emulator.building import BUILD, ROOT, Building
 
 ORDERS = ("forward", "reverse", "random")
-DEFECTS = (ROOT / "tests" / "emulator" / "defects.cu").read_text().splitlines()
+DEFECTS = {path.name: path.read_text().splitlines() for path in (ROOT / "tests" / "emulator").glob("defects*.cu*")}
 
-# defect: what the message says first; what it says of the memory, if it is about memory. The line is in defects.cu.
+# defect: what the message says first; what it says of the memory, if it is about memory.
 # Where a write and a read race, the order of the threads decides which of them comes second and is reported.
 RACE = "race, (read after write|write after read|write after write)|uninitialised read"
 MESSAGES = {
@@ -18,6 +18,7 @@ MESSAGES = {
     "missing_syncwarp": (RACE, "of shared memory s"),
     "two_writers": ("race, write after write", "of shared memory s"),
     "many_readers": ("race, (write after read|read after write)", "byte 0 of shared memory s"),
+    "reader_writes": ("race, (write after read|read after write)", "byte 0 of shared memory s"),
     "uninitialised_shared": ("uninitialised read", "byte 256 of shared memory s"),
     "shared_out_of_bounds": ("out of bounds read", "0 bytes past the end of shared memory"),
     "array_index": ("index 17 outside of an array", ""),
@@ -34,6 +35,8 @@ MESSAGES = {
         "race, (write after read|read after write)|read before cp_async_wait",
         "shared memory s",
     ),
+    "copy_source_overwritten": ("race, (write after read|read after write)", "of buffer 1"),
+    "copy_source_too_late": ("race, (write after read|read after write)", "of buffer 1"),
     "read_out_of_bounds": ("out of bounds read", "0 bytes past the end of buffer 1"),
     "write_out_of_bounds": ("out of bounds write", "4 bytes before buffer 2"),
     "memory_of_the_host": ("out of bounds write", "memory that the launch was not given"),
@@ -47,6 +50,8 @@ MESSAGES = {
     "ldg_of_written": ("__ldg of memory that this launch writes", "of buffer 2"),
     "missing_grid_sync": (RACE, "of buffer 2"),
     "missing_grid_sync_after_reading": ("race, (read after write|write after read)", "of buffer 1"),
+    "missing_second_grid_sync": ("race, (write after read|read after write)", "of buffer 2"),
+    "other_block_reads": ("race, (write after read|read after write)", "of buffer 1"),
     "grid_sync_not_cooperative": ("grid barrier at .* not cooperative", ""),
     "missing_release": ("race, read after write", "of buffer 2"),
     "missing_acquire": ("race, read after write", "of buffer 2"),
@@ -54,6 +59,9 @@ MESSAGES = {
     "missing_barrier_before_release": ("race, read after write", "of buffer 2"),
     "livelock": ("livelock: spinning", ""),
     "release_by_each_thread": ("race, read after write", "byte 28 of buffer 2"),
+    "store_after_release": ("race, read after write", "of buffer 2"),
+    "load_after_release": (RACE, "of buffer 2"),
+    "missing_syncwarp_after_acquire": (RACE, "of buffer 2"),
     "atomic_and_plain": ("race, (read after write|write after read)", "of buffer 3"),
 }
 # Seen without hooks at every access too: these stop the kernel, or would stop the process.
@@ -103,16 +111,25 @@ def test_defect_is_reported(name, order):
     assert re.match(kind, said)
     assert memory in said
     assert f"::{name}<false>" in said
-    lines = [i for i, line in enumerate(DEFECTS, 1) if re.search(rf"//.*\b{name}\b", line)]
-    lines = [i + 1 if "the next line" in DEFECTS[i - 1] else i for i in lines]
-    assert any(f"defects.cu:{line}" in said for line in lines) or name == "unwritten_output"  # nobody did that
+    places = [
+        f"{file}:{number + ('the next line' in line)}"
+        for file, lines in DEFECTS.items()
+        for number, line in enumerate(lines, 1)
+        if re.search(rf"//.*\b{name}\b", line)
+    ]
+    assert any(place in said for place in places) or name == "unwritten_output"  # nobody did that
     if name not in ("unwritten_output", "deadlock"):  # these are not about one thread
-        assert re.search(r"thread \(\d+,0,0\) of block \([01],0,0\); kernel", said)
+        assert re.search(r"thread \(\d+,0,0\) of block \([0-2],0,0\); kernel", said)
 
 
 @pytest.mark.parametrize("name", SEEN_BY_PLAIN)
 def test_defect_is_reported_without_the_checker(name):
     assert re.match(MESSAGES[name][0], run("defects_plain", name, "defect"))
+
+
+@pytest.mark.parametrize("name", ["uninitialised_shared", "uninitialised_global"])
+def test_memory_that_nobody_wrote_makes_a_nan(name):
+    assert run("defects_plain", name, "defect") == "a NaN\n\nexit 0"
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -123,7 +140,7 @@ def test_no_false_alarm(name, order):
 
 
 def test_every_defect_has_a_message():
-    assert set(re.findall(r"^    CASE\((\w+),", "\n".join(DEFECTS), re.M)) == set(MESSAGES)
+    assert set(re.findall(r"^    CASE\((\w+),", "\n".join(DEFECTS["defects.cu"]), re.M)) == set(MESSAGES)
 
 
 # --- the grid barrier: each of its parts is needed, and missed ------------------------------------------------------
