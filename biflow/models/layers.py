@@ -11,15 +11,10 @@ from torch import Tensor, nn
 
 from biflow import ops
 from biflow.config import check_number
+from biflow.ops._checks import DEVICES, no_kernels
 
 NORM_EPS = {"layernorm": 1e-5, "rmsnorm": 1e-6}
 ROPE_THETA = 1e4
-# device types that the ops of a flow have kernels for in this build
-KERNEL_DEVICES = tuple(
-    kind
-    for kind, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-    if torch._C._dispatch_has_kernel_for_dispatch_key("biflow::affine_encode", key)
-)
 
 
 class Norm(nn.Module):
@@ -238,9 +233,8 @@ def check_generator(generator: torch.Generator | None) -> None:
 
 def check_kernels(weight: Tensor) -> None:
     """The model (by one of its parameters) is on a device that the ops of a flow have kernels for."""
-    if weight.device.type not in KERNEL_DEVICES:
-        have = " or ".join(KERNEL_DEVICES)
-        raise ValueError(f"expected a model on {have}: this build has no kernels for {weight.device.type}")
+    if weight.device.type not in DEVICES:
+        raise ValueError(f"expected a model on {' or '.join(DEVICES)}: {no_kernels(weight.device.type)}")
 
 
 def check_labels(y: Tensor | None, num_classes: int, batch: int, device: torch.device) -> None:

@@ -5,6 +5,7 @@
 //   conformance [forward|reverse|random SEED lazy|eager|random]   (the arguments are the emulator's)
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <limits>
 
 #include "emulator/testing.h"
@@ -256,17 +257,21 @@ int main(int argc, char** argv) {
 #else
   (void)argc, (void)argv;
 #endif
-  test_places();
-  test_barriers();
-  test_shared();
-  test_refused_launches();
-  test_shuffles();
-  test_votes();
-  test_syncwarp();
-  test_memory();
-  test_tensor_cores();
-  test_arithmetic();
-  test_blocks();
+  try {
+    test_places();
+    test_barriers();
+    test_shared();
+    test_refused_launches();
+    test_shuffles();
+    test_votes();
+    test_syncwarp();
+    test_memory();
+    test_tensor_cores();
+    test_arithmetic();
+    test_blocks();
+  } catch (const std::exception& error) {  // what the emulator found
+    expect(error.what(), false);
+  }
   std::printf("%d checks failed\n", failed_checks());
   return failed_checks() != 0;
 }

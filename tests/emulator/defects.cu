@@ -254,6 +254,31 @@ __global__ void misaligned(Arrays a) {
 }
 
 template <bool kCorrect>
+__global__ void null_pointer(Arrays a) {
+  const int t = threadIdx.x;
+  const float* const from = kCorrect || t != 3 ? a.in + t : nullptr;
+  a.out[t] = *from;  // null_pointer
+}
+
+template <bool kCorrect>
+__global__ void undefined_shift(Arrays a) {
+  const int t = threadIdx.x;
+  a.out[t] = static_cast<float>(1u << (kCorrect ? t % 32 : t));  // undefined_shift
+}
+
+template <bool kCorrect>
+__global__ void signed_overflow(Arrays a) {
+  const int t = threadIdx.x;
+  a.out[t] = static_cast<float>(kCorrect ? t : t * 0x4000000);  // signed_overflow
+}
+
+template <bool kCorrect>
+__global__ void division_by_zero(Arrays a) {
+  const int t = threadIdx.x;
+  a.out[t] = static_cast<float>(100 / (kCorrect ? t + 1 : t % 7));  // division_by_zero
+}
+
+template <bool kCorrect>
 __global__ void uninitialised_global(Arrays a) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (kCorrect) a.out[i] = 1;
@@ -405,6 +430,10 @@ const std::map<std::string, Case> kCases = {
     CASE(write_out_of_bounds, 2, false),
     CASE(memory_of_the_host, 2, false),
     CASE(misaligned, 1, false),
+    CASE(null_pointer, 1, false),
+    CASE(undefined_shift, 1, false),
+    CASE(signed_overflow, 1, false),
+    CASE(division_by_zero, 1, false),
     CASE(uninitialised_global, 2, false),
     CASE(unwritten_output, 2, false, true),
     CASE(ldg_of_written, 2, false),
@@ -423,6 +452,9 @@ const std::map<std::string, Case> kCases = {
 void run(const Case& c, bool correct) {
   Device<float> in(std::vector<float>(2 * kThreads, 1)), out(2 * kThreads);
   Device<uint32_t> flags(std::vector<uint32_t>(1, 0));
+  // what is declared twice keeps its first state: an op that works in place declares its input as its output too
+  emulator::adopt(in.get() + 5, 20 * sizeof(float), false);
+  emulator::adopt(out.get() + 5, 20 * sizeof(float), true);
   const Arrays arrays{in.get(), out.get(), flags.get()};
   const auto kernel = correct ? c.correct : c.defect;
   const size_t shared = kThreads * sizeof(float);
