@@ -68,4 +68,17 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? mask, Tensor? q_norm, "
       "Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, int prefix, int[] plan) -> Tensor");
+
+  // norm of x, or of h = x + residual; CUDA only, in Triton. narrow: a copy of the gradient in this dtype too
+  m.def("norm(Tensor x, Tensor weight, Tensor? bias, str kind, float eps, ScalarType? dtype) -> Tensor");
+  m.def(
+      "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, str kind, float eps, ScalarType? dtype) "
+      "-> (Tensor y, Tensor h)");
+  m.def(
+      "norm_backward(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor? bias, str kind, float eps, "
+      "ScalarType? narrow) -> (Tensor grad_x, Tensor grad_narrow, Tensor grad_weight, Tensor grad_bias)");
+
+  // what an MLP does between its linear layers; CUDA only, in Triton
+  m.def("gate(Tensor m, str kind) -> Tensor");
+  m.def("gate_backward(Tensor grad_y, Tensor m, str kind) -> Tensor");
 }

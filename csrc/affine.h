@@ -37,7 +37,7 @@ struct AffineParams {
   const bool* mask = nullptr;    // (B, T) or null; false: the token passes through
 
   void* output = nullptr;     // (B, T, D)  z for encode, x for decode            [forward]
-  double* partial = nullptr;  // (B, chunks_per_sample) sums of -log sigma        [forward] null: no logdet
+  double* partial = nullptr;  // (B, chunks of a sample) sums of -log sigma       [forward] null: no logdet
   void* logdet = nullptr;     // (B,) f32, or f64 for f64 data                    [forward] null: no logdet
 
   const void* grad_output = nullptr;  // (B, T, D)                                [backward]
@@ -67,4 +67,14 @@ BIFLOW_CPU_KERNEL(affine_decode_backward, (const AffineParams& p, int64_t begin,
 // Adds the partial sums of every sample, in order, into logdet.
 BIFLOW_CPU_KERNEL(affine_logdet, (const AffineParams& p), (p))
 }  // namespace cpu
+
+namespace cuda {
+// Each enqueues on the stream (a cudaStream_t) of the current device and returns a cudaError_t. No tensor is empty;
+// D <= 2^30. `partial` holds affine_partials(p) sums: none (it may be null) where one block takes a whole sample.
+int64_t affine_partials(const AffineParams& p);
+int affine_encode(const AffineParams& p, void* stream);
+int affine_decode(const AffineParams& p, void* stream);
+int affine_encode_backward(const AffineParams& p, void* stream);
+int affine_decode_backward(const AffineParams& p, void* stream);
+}  // namespace cuda
 }  // namespace biflow

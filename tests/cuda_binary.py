@@ -86,7 +86,8 @@ def _demangle(names: list[str]) -> list[str]:
 
 def table(found: list[Kernel]) -> list[str]:
     columns = {"HMMA": r"HMMA", "LDSM": r"LDSM", "cp.async": r"LDGSTS", "128 bit": r"(LDG|STG|LDGSTS)\..*128"}
-    lines = [f"{'arch':8}{'registers':>10}{'stack':>7}{'shared':>8}" + "".join(f"{c:>10}" for c in columns) + "  kernel"]
+    head = "".join(f"{c:>10}" for c in columns)
+    lines = [f"{'arch':8}{'registers':>10}{'stack':>7}{'shared':>8}{head}  kernel"]
     for k in sorted(found, key=lambda k: (k.name, k.architecture)):
         counts = "".join(f"{k.uses(pattern):>10}" for pattern in columns.values())
         lines.append(f"{k.architecture:8}{k.registers:>10}{k.stack:>7}{k.shared:>8}{counts}  {k.name}")

@@ -6,18 +6,12 @@ import math
 
 import pytest
 import torch
+from affine_cases import CLIPS, LAYOUTS, OPTIONS, SCALES, assert_matches, make, value_and_grads
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from biflow import ops, reference
+from biflow.ops import _checks
 
-LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
-SCALES = ("exp", "softplus", "sigmoid")
-CLIPS = (None, ("hard", 0.7), ("tanh", 0.9))
-OPTIONS = [
-    dict(layout=layout, scale=scale, clip=clip, clip_on=clip_on, causal=causal, flip=flip)
-    for layout, scale, clip, clip_on, causal, flip in itertools.product(
-        LAYOUTS, SCALES, CLIPS, ("both", "scale"), (True, False), (False, True)
-    )
-]
 # one token, one channel (pairs in memory), less than a vector, odd, rows read in place, a row of several pieces, chunks
 SHAPES = [(2, 1, 4), (3, 5, 1), (2, 7, 4), (1, 5, 12), (2, 3, 19), (2, 4, 192), (1, 2, 1100), (1, 1500, 7)]
 DTYPES = [
@@ -30,52 +24,10 @@ DTYPES = [
 ]
 
 
-def make(shape, data=torch.float32, net=None, seed=0, spread=1.0):
-    g = torch.Generator().manual_seed(seed)
-    B, T, D = shape
-    x = torch.randn(B, T, D, generator=g, dtype=torch.float64).to(data)
-    params = (spread * torch.randn(B, T, 2 * D, generator=g, dtype=torch.float64)).to(net or data)
-    mask = torch.rand(B, T, generator=g) > 0.3
-    return x, params, mask
-
-
-def value_and_grads(op, x, params, weights, **options):
-    """output, logdet and the gradients of a random linear functional of both."""
-    x, params = x.clone().requires_grad_(), params.clone().requires_grad_()
-    y, logdet = op(x, params, **options)
-    wy, wl = (w.to(t.dtype) for w, t in zip(weights, (y, logdet), strict=True))
-    grads = torch.autograd.grad((y * wy).sum() + (logdet * wl).sum(), (x, params))
-    return y.detach(), logdet.detach(), *grads
-
-
-def excess(got, same, exact, floor):
-    """Error of `got` beyond what DESIGN allows, relative to 1 + |exact|; <= 0 passes."""
-    size = 1 + exact.abs()
-    error, allowed = (((t.double() - exact).abs() / size).max().item() for t in (got, same))
-    return error - (2 * allowed + floor)
-
-
-def assert_matches(x, params, mask, options):
-    g = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t, generator=g, dtype=torch.float64) for t in (x.shape, x.shape[:1])]
-    weights = [w.to(x.dtype if w.dim() == 3 else torch.float32) for w in weights]
-    names = ("output", "logdet", "grad input", "grad params")
-    for direction in ("encode", "decode"):
-        extra = {} if direction == "encode" else {"return_logdet": True}
-        got, same, exact = (
-            value_and_grads(getattr(module, f"affine_{direction}"), a, b, weights, **options, **extra, mask=mask)
-            for module, a, b in ((ops, x, params), (reference, x, params), (reference, x.double(), params.double()))
-        )
-        for i, name in enumerate(names):
-            assert got[i].dtype == (same[i].dtype if i else x.dtype)
-            terms = x[0].numel() if name == "logdet" else 1
-            # docs/decisions/0007
-            roundings = 8 * terms if x.dtype == torch.float64 else math.sqrt(terms)
-            floor = roundings * torch.finfo(got[i].dtype).eps
-            over = excess(got[i], same[i], exact[i], floor)
-            assert over <= 0, (
-                f"{direction} {name} over by {over:.2e}: {tuple(x.shape)} {x.dtype} {params.dtype} {options}"
-            )
+def run_ops(direction, x, params, weights, mask, options):
+    extra = {} if direction == "encode" else {"return_logdet": True}
+    op = getattr(ops, f"affine_{direction}")
+    return value_and_grads(op, x, params, weights, **options, **extra, mask=mask)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
@@ -85,7 +37,7 @@ def test_matches_reference(isa, dtypes):
     for i, options in enumerate(OPTIONS[::step]):
         for j, masked in enumerate((False, True)):
             x, params, mask = make(SHAPES[(i + 3 * j) % len(SHAPES)], *dtypes, seed=i)
-            assert_matches(x, params, mask if masked else None, options)
+            assert_matches(run_ops, x, params, mask if masked else None, options)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -94,8 +46,8 @@ def test_every_shape_in_every_layout(isa, layout, shape):
     for dtypes, (causal, flip) in itertools.product(DTYPES, ((True, False), (True, True), (False, False))):
         x, params, mask = make(shape, *dtypes)
         options = dict(layout=layout, scale="softplus", clip=("tanh", 2.0), clip_on="scale", causal=causal, flip=flip)
-        assert_matches(x, params, None, options)
-        assert_matches(x, params, mask, options)
+        assert_matches(run_ops, x, params, None, options)
+        assert_matches(run_ops, x, params, mask, options)
 
 
 @pytest.mark.parametrize("shape", [(4, 1400, 768), (2, 200_001, 11)], ids=str)
@@ -343,7 +295,7 @@ BAD = {
     "x 2-D": (ValueError, r"x: expected \(B, T, D\), got shape \(3, 4\)", (X[0], P), {}),
     "params width": (ValueError, r"expected \(B, T, 2D\) = \(2, 3, 8\), got \(2, 3, 7\)", (X, P[..., :7]), {}),
     "params tokens": (ValueError, r"= \(2, 3, 8\), got \(2, 2, 8\)", (X, P[:, :2]), {}),
-    "device": (ValueError, "x: expected a CPU tensor, got one on meta", (X.to("meta"), P.to("meta")), {}),
+    "device": (ValueError, "x: expected a CPU.* tensor, got one on meta: this build", (X.to("meta"), P.to("meta")), {}),
     "params device": (ValueError, "expected device cpu like x, got meta", (X, P.to("meta")), {}),
     "mask dtype": (TypeError, "mask: expected a bool Tensor, got torch.float32", (X, P), {"mask": M.float()}),
     "mask shape": (ValueError, r"mask: expected \(B, T\) = \(2, 3\), got \(2, 2\)", (X, P), {"mask": M[:, :2]}),
@@ -368,6 +320,20 @@ def test_bad_input(case):
         ops.affine_encode(*args, **options)
     with pytest.raises(error, match=message.replace("x: ", "z: ").replace("like x", "like z")):
         ops.affine_decode(*args, **options)
+
+
+def test_cuda_tensors_are_refused_with_the_remedy(monkeypatch):
+    # fake tensors: no GPU is needed
+    with FakeTensorMode():
+        monkeypatch.setattr(_checks, "DEVICES", ("cpu", "cuda"))
+        wide, x = (torch.empty(1, 1, d, device="cuda") for d in (2**30 + 1, 4))
+        with pytest.raises(ValueError, match=r"x: expected D <= 2\^30 on CUDA, got 1073741825"):
+            ops.affine_encode(wide, torch.cat((wide, wide), 2))
+        with pytest.raises(ValueError, match="x: expected a CPU tensor, got one on cuda:0: the op has no kernel for"):
+            _checks.check_float32("x", x)
+        monkeypatch.setattr(_checks, "DEVICES", ("cpu",))
+        with pytest.raises(ValueError, match=r"x: .* got one on cuda:0: .* install the CUDA toolkit"):
+            ops.affine_encode(x, torch.cat((x, x), 2))
 
 
 def test_direct_call_of_the_op_is_checked_too():

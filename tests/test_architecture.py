@@ -35,20 +35,26 @@ MAY_IMPORT = {
 TOP = {"cli", "demo"}  # imported by nothing below them
 
 # An op is a stem; `git ls-files '*affine*'` shows its whole life.
-STEMS = ("affine", "attention", "block_params", "decode_block", "jacobi_update")
-OTHER_NAMES = {"pack_block": "decode_block"}  # ops of a stem whose name does not begin with it
+STEMS = ("affine", "attention", "block_params", "decode_block", "gate", "jacobi_update", "norm")
+# ops of a stem whose name does not begin with it
+OTHER_NAMES = {"pack_block": "decode_block", "add_norm": "norm"}
 CPU_KERNEL_IS_TORCH = {"attention"}  # torch's own fused attention
-WITH_CUDA_KERNEL = {"attention"}
+WITH_CUDA_KERNEL = {"affine", "attention"}
+# bound by bandwidth and simple: Triton on a GPU, torch's own functions on a CPU; neither csrc nor bindings
+KERNEL_IS_TRITON = {"gate", "norm"}
 # questions about the machine, about weights, about a size: no maths
 NOT_OPS = {"cpu_isa", "force_cpu_isa", "weights_fingerprint", "block_cache_size"}
 PUBLIC = (
+    "add_norm",
     "affine_encode",
     "affine_decode",
     "attention",
     "attention_qkv",
     "block_params",
     "decode_block",
+    "gate",
     "jacobi_update_",
+    "norm",
 )
 
 
@@ -248,17 +254,38 @@ def test_every_module_of_ops_and_reference_is_a_stem():
 
 def compiled(stem: str) -> list[str]:
     """The source files of a stem's kernels and their bindings."""
+    if stem in KERNEL_IS_TRITON:
+        return []
     cpu = [] if stem in CPU_KERNEL_IS_TORCH else [f"csrc/cpu/{stem}.cpp", f"bindings/{stem}.cpp"]
     return cpu + ([f"csrc/cuda/{stem}.cu", f"bindings/{stem}_cuda.cpp"] if stem in WITH_CUDA_KERNEL else [])
 
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_stem_has_every_floor(stem):
-    floors = [f"biflow/ops/{stem}.py", f"csrc/{stem}.h", f"tests/test_{stem}.py", f"benchmarks/bench_{stem}.py"]
+    floors = [f"biflow/ops/{stem}.py", f"tests/test_{stem}.py", f"benchmarks/bench_{stem}.py"]
+    if stem in KERNEL_IS_TRITON:
+        floors += [f"biflow/ops/_triton/{stem}.py"]
+    else:
+        floors += [f"csrc/{stem}.h"]
+        assert compiled(stem)
     if stem in WITH_CUDA_KERNEL:
         floors += [f"csrc/cuda/{stem}.cuh", f"tests/kernels/test_{stem}.py"]
-    assert compiled(stem)
     assert [f for f in floors + compiled(stem) if not (ROOT / f).exists()] == []
+
+
+def test_every_triton_kernel_belongs_to_a_stem():
+    assert {p.stem for p in (PACKAGE / "ops" / "_triton").glob("*.py")} - {"__init__"} == KERNEL_IS_TRITON
+
+
+def test_only_kernels_import_triton():
+    """biflow works without it: it is imported when the first CUDA tensor comes."""
+
+    def imports_triton(text):
+        return re.findall(r"^(?:import|from) triton\b.*", text, re.MULTILINE)
+
+    kernels = {PACKAGE / "ops" / "_triton" / f"{stem}.py" for stem in KERNEL_IS_TRITON}
+    assert violations([p for p in files("biflow", "*.py") if p not in kernels], imports_triton) == []
+    assert all(imports_triton(p.read_text()) for p in kernels)
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -58,6 +58,14 @@ def leaves(out):
     return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 
+def make_flow():
+    return randomize(
+        biflow.TarFlow(
+            biflow.TarFlowConfig(img_size=8, in_channels=1, patch_size=2, width=128, num_blocks=2, num_classes=10)
+        )
+    )
+
+
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr(passes, "CudaRecorder", Recorder)
@@ -263,8 +271,18 @@ def test_copies_and_pickles_start_anew():
     model = make_inverse()
     model.decode(Z, Y, precision="bf16")
     other = copy.deepcopy(model)
-    assert other._passes is None
-    assert other.passes is not model.passes
+    assert other.passes._module is other
+    assert other.passes._twin is None
+    assert torch.equal(other.decode(Z, Y, precision="bf16"), model.decode(Z, Y, precision="bf16"))
+
+
+@pytest.mark.parametrize("precision", passes.PRECISIONS)
+def test_compiles_in_one_graph(precision):
+    model = make_inverse()
+    compiled = torch.compile(lambda z, y: model.decode(z, y, precision=precision), fullgraph=True, backend="aot_eager")
+    expected = model.decode(Z, Y, precision=precision)
+    bound = 0 if precision == "fp32" else 2e-2 * expected.norm()
+    assert (compiled(Z, Y) - expected).norm() <= bound
 
 
 def test_training_goes_on_after_a_pass():
@@ -273,3 +291,20 @@ def test_training_goes_on_after_a_pass():
     model(Z, Y).sum().backward()
     assert all(p.grad is not None for p in model.groups[0].parameters())
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_density_in_bf16(recorder):
+    """What `TarFlow.encode(precision=)` calls on a GPU: z and logdet fp32, no further off than under autocast."""
+    flow, x = make_flow(), torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    outputs = [flow.passes("forward", "bf16", x, Y, None, return_states=states) for states in (False, True, True)]
+    assert len(graphs_of(flow)) == 2
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert [len(o) for o in outputs] == [2, 3, 3]
+    z, logdet, states = outputs[2]
+    assert len(states) == 3
+    assert {t.dtype for t in (z, logdet, *states)} == {torch.float32}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        same = flow(x, Y)
+    exact = flow.double()(x.double(), Y)
+    for got, rounded, want in zip((z, logdet), same, exact, strict=True):
+        assert (got - want).norm() <= 2 * (rounded - want).norm() + 1e-6

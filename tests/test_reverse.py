@@ -181,7 +181,7 @@ def test_compiles_into_one_graph():
         (lambda r: r.decode(noise(1), guidance=-1), ValueError, "guidance: expected a finite number >= 0, got -1"),
         (lambda r: r.decode(noise(1), guidance=3.5), ValueError, "guidance: expected at most 3 (as trained), got 3.5"),
         (lambda r: r.decode(noise(1), guidance="1"), TypeError, "guidance: expected a number, got str '1'"),
-        (lambda r: r.decode(noise(1), precision="fp16"), ValueError, "precision: expected one of fp32, bf16, got 'fp16'"),
+        (lambda r: r.decode(noise(1), precision="fp16"), ValueError, "expected one of fp32, bf16, got 'fp16'"),
         (lambda r: r.sample(-1), ValueError, "n: expected 0 or more, got -1"),
         (lambda r: r.sample(True), TypeError, "n: expected an int, got bool True"),
         (lambda r: r.sample(1, generator=3), TypeError, "generator: expected a torch.Generator or None, got int 3"),

@@ -251,7 +251,7 @@ def test_sample_takes_a_count_of_numpy():
 def test_a_device_without_kernels_is_refused(call):
     flow = make_flow(noise_std=0.2).to("meta")
     x = torch.zeros(1, 4, 4, device="meta") if call == "decode" else torch.zeros(1, 1, 4, 4, device="meta")
-    with pytest.raises(ValueError, match="expected a model on cpu: this build has no kernels for meta"):
+    with pytest.raises(ValueError, match=r"expected a model on cpu.*: this build has no kernels for meta"):
         getattr(flow, call)(x)
 
 

@@ -37,15 +37,14 @@ def parts(work: Path, peer: str | None, dry: bool) -> list[Part]:
     python = (sys.executable, "-m")
     conformance, machine = str(work / "conformance"), str(work / "machine")
     nvcc = ("nvcc", "-std=c++17", "-O2", "-arch=native", "-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"))
+    sources = sorted(str(p) for p in (ROOT / "tests" / "emulator").glob("conformance*.cu"))
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     small = (*python, "benchmarks.gpu.small_cases")
     measure = (*python, "benchmarks.gpu.measure", "--out", str(work), *(("--dry-run",) if dry else ()))
     peers = ("--peer-ml-tarflow", peer) if peer else ()
     every = [
         Part("build", 200, ((sys.executable, "setup.py", "-q", "build_ext", "--inplace"),)),
-        Part(
-            "conformance", 90, ((*nvcc, "-x", "cu", "tests/emulator/conformance.cu", "-o", conformance), (conformance,))
-        ),
+        Part("conformance", 90, ((*nvcc, *sources, "-o", conformance), (conformance,))),
         Part("tests", 150, ((*python, "pytest", "-q", "-m", "gpu", "tests"),)),
         Part("machine", 60, ((*nvcc, "benchmarks/gpu/machine.cu", "-o", machine), (machine,))),
         Part("limits", 40, ((*measure, "limits"),)),

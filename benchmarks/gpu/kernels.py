@@ -179,7 +179,7 @@ def norm_and_gate(timer: Timer, limits: list[dict], dry: bool) -> list[dict]:
         weight = torch.ones(width, device=timer.device)
         m = torch.randn((count, 2 * 2048), generator=generator, device=timer.device).to(BF16)
         cases = {
-            "add_norm": (partial(ops.add_norm, delta, h, weight, kind="rmsnorm"),
+            "add_norm": (partial(ops.add_norm, delta, h, weight, kind="rmsnorm", eps=1e-6),
                          partial(torch_add_norm, delta, h, weight), (2 + 4 + 4 + 2) * delta.numel()),
             "gate": (partial(ops.gate, m, "swiglu"), partial(torch_gate, m), 2 * 1.5 * m.numel()),
         }  # fmt: skip

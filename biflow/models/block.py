@@ -100,9 +100,10 @@ class Block(nn.Module):
         rope = None
         if c.rope:
             rope = tuple((t.flip(0) if c.flip else t)[:tokens] for t in (self.rope_cos, self.rope_sin))
+        delta = None
         for layer in self.layers:
-            h = layer(h, rope, causal=True, prefix=length, attn_temp=attn_temp)
-        return self.proj_out(h[:, length:])
+            h, delta = layer(h, delta, rope, causal=True, prefix=length, attn_temp=attn_temp)
+        return self.proj_out((h + delta)[:, length:])
 
     def affine(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """z (B,N,D) in x's dtype and logdet (B,) of x under raw parameters, both the first N tokens in block order."""

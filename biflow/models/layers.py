@@ -7,20 +7,14 @@ import platform
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biflow import ops
 from biflow.config import check_number
+from biflow.ops._checks import DEVICES, no_kernels
 
 NORM_EPS = {"layernorm": 1e-5, "rmsnorm": 1e-6}
 ROPE_THETA = 1e4
-# device types that the ops of a flow have kernels for in this build
-KERNEL_DEVICES = tuple(
-    kind
-    for kind, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-    if torch._C._dispatch_has_kernel_for_dispatch_key("biflow::affine_encode", key)
-)
 
 
 class Norm(nn.Module):
@@ -33,17 +27,16 @@ class Norm(nn.Module):
         super().__init__()
         if kind not in NORM_EPS:
             raise ValueError(f"norm: expected one of {', '.join(NORM_EPS)}, got {kind!r}")
-        self.eps = NORM_EPS[kind]
+        self.kind, self.eps = kind, NORM_EPS[kind]
         self.weight = nn.Parameter(torch.ones(width))
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = x.dtype if dtype is None else dtype
-        wide = x if x.dtype == torch.float64 else x.float()
-        weight = self.weight.to(wide.dtype)
-        if self.bias is not None:
-            return F.layer_norm(wide, wide.shape[-1:], weight, self.bias.to(wide.dtype), self.eps).to(dtype)
-        return F.rms_norm(wide, wide.shape[-1:], weight, self.eps).to(dtype)
+        return ops.norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps, dtype=dtype)
+
+    def add(self, x: Tensor, h: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of x + h, and x + h, in one pass where there is a kernel."""
+        return ops.add_norm(x, h, self.weight, self.bias, kind=self.kind, eps=self.eps, dtype=dtype)
 
 
 class Layer(nn.Module):
@@ -72,17 +65,29 @@ class Layer(nn.Module):
         self.fc2 = nn.Linear(mlp_hidden, width)
 
     def forward(
-        self, h: Tensor, rope: tuple[Tensor, Tensor] | None, *, causal: bool, prefix: int = 0, attn_temp: float = 1.0
-    ) -> Tensor:
-        """h (B,N,C) -> (B,N,C) in h's dtype.
+        self,
+        h: Tensor,
+        delta: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None,
+        *,
+        causal: bool,
+        prefix: int = 0,
+        attn_temp: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream h (B,N,C) and what is yet to be added to it, delta (None: nothing) -> both after the layer.
 
+        Their sum is the layer's result: the next layer's first norm adds them in the pass in which it reads them.
         rope: tables (N - prefix, d/2), or None; the first `prefix` tokens are not rotated. attn_temp divides the
         attention logits.
         """
-        dtype = self.qkv.weight.dtype  # in bf16 passes not the residual stream's
+        dtype = input_dtype(self.qkv)  # in bf16 passes and under autocast not the residual stream's
+        if delta is None:
+            x = self.norm1(h, dtype)
+        else:
+            x, h = self.norm1.add(delta, h, dtype)
         q_norm, k_norm = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         o = ops.attention_qkv(
-            self.qkv(self.norm1(h, dtype)),
+            self.qkv(x),
             heads=self.heads,
             causal=causal,
             scale=self.head_dim**-0.5 / attn_temp,
@@ -92,14 +97,16 @@ class Layer(nn.Module):
             rope=rope,
             prefix=prefix,
         )
-        h = h + self.proj(o)
-        m = self.fc1(self.norm2(h, dtype))
-        if self.gate == "swiglu":
-            a, b = m.chunk(2, dim=-1)
-            m = F.silu(a) * b
-        else:
-            m = F.gelu(m)
-        return h + self.fc2(m)
+        x, h = self.norm2.add(self.proj(o), h, dtype)
+        x = self.fc1(x)
+        x = ops.gate(x, self.gate)
+        return h, self.fc2(x)
+
+
+def input_dtype(linear: nn.Linear) -> torch.dtype:
+    """The dtype in which a linear layer multiplies what it gets: its weight's, or autocast's."""
+    own, kind = linear.weight.dtype, linear.weight.device.type
+    return torch.get_autocast_dtype(kind) if own != torch.float64 and torch.is_autocast_enabled(kind) else own
 
 
 def mlp_width(ratio: float, width: int) -> int:
@@ -226,9 +233,8 @@ def check_generator(generator: torch.Generator | None) -> None:
 
 def check_kernels(weight: Tensor) -> None:
     """The model (by one of its parameters) is on a device that the ops of a flow have kernels for."""
-    if weight.device.type not in KERNEL_DEVICES:
-        have = " or ".join(KERNEL_DEVICES)
-        raise ValueError(f"expected a model on {have}: this build has no kernels for {weight.device.type}")
+    if weight.device.type not in DEVICES:
+        raise ValueError(f"expected a model on {' or '.join(DEVICES)}: {no_kernels(weight.device.type)}")
 
 
 def check_labels(y: Tensor | None, num_classes: int, batch: int, device: torch.device) -> None:

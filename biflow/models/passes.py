@@ -14,7 +14,6 @@ from biflow.models.layers import Layer
 from biflow.ops._weights import weights_key
 
 PRECISIONS = ("fp32", "bf16")
-_CREATING = threading.Lock()
 MAX_GRAPHS = 16  # of one model; the one used longest ago goes first
 
 
@@ -65,9 +64,7 @@ class CudaRecorder:
 def graphable(inputs: tuple[Tensor | None, ...]) -> bool:
     """Whether a call with these inputs is recorded: on a GPU, unless something else is being recorded."""
     return (
-        all(t is None or (t.is_cuda and t.numel() > 0) for t in inputs)
-        and not torch.compiler.is_compiling()
-        and not torch.cuda.is_current_stream_capturing()
+        all(t is None or (t.is_cuda and t.numel() > 0) for t in inputs) and not torch.cuda.is_current_stream_capturing()
     )
 
 
@@ -76,14 +73,7 @@ class PassModule(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._passes: Passes | None = None
-
-    @property
-    def passes(self) -> "Passes":
-        with _CREATING:
-            if self._passes is None:
-                self._passes = Passes(self)
-            return self._passes
+        self.passes = Passes(self)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -96,11 +86,15 @@ class PassModule(nn.Module):
             yield
 
     def _apply(self, fn, recurse=True):  # .to(), .cuda(): do not keep the old weights alive
-        self._passes = None
+        self.passes.forget()
         return super()._apply(fn, recurse)
 
     def __getstate__(self):  # a cache: not copied, not saved
-        return {**self.__dict__, "_passes": None}
+        return {k: v for k, v in self.__dict__.items() if k != "passes"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.passes = Passes(self)
 
 
 class Passes:
@@ -145,7 +139,14 @@ class Passes:
                 self._frozen -= 1
 
     def __call__(self, method: str, precision: str, *inputs: Tensor | None, **options: bool):
-        """module.method(*inputs, **options) in `precision`; the outputs are the caller's own. options: hashable."""
+        """module.method(*inputs, **options) in `precision`; the outputs are the caller's own. options: hashable.
+
+        Inside torch.compile nothing is kept: bf16 is then autocast's.
+        """
+        if torch.compiler.is_compiling():
+            device = next(t.device.type for t in inputs if t is not None)
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                return getattr(self._module, method)(*inputs, **options)
         if precision == "fp32" and not graphable(inputs):
             return getattr(self._module, method)(*inputs, **options)
         with torch.inference_mode(False), torch.no_grad():

@@ -169,11 +169,12 @@ class BiFlow(PassModule):
         if prefix:
             h = torch.cat([*[p.to(h.dtype) for p in prefix], h], dim=1)
         rope = (self.rope_cos, self.rope_sin) if c.rope else None
-        states = []
+        states, delta = [], None
         for group, head in zip(self.groups, self.heads, strict=True):
             for layer in group:
-                h = layer(h, rope, causal=False, prefix=length)
+                h, delta = layer(h, delta, rope, causal=False, prefix=length)
             if return_states or head is self.heads[-1]:
+                h, delta = h + delta, None
                 states.append(head(h[:, length:]))
         clean = states.pop()
         return (clean, states[::-1]) if return_states else clean

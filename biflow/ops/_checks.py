@@ -6,11 +6,18 @@ import numbers
 import torch
 from torch import Tensor
 
+from biflow import _library  # noqa: F401
+
 LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
 SCALES = ("exp", "softplus", "sigmoid")
 CLIPS = ("hard", "tanh")
 CLIP_ON = ("both", "scale")
-DEVICES = ("cpu",)  # those that this build has kernels for
+# device types that this build has kernels for: the CUDA kernels are built together, where nvcc is
+DEVICES = tuple(
+    kind
+    for kind, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("biflow::affine_encode", key)
+)
 
 
 def check_tensor(name: str, t: object) -> None:
@@ -18,9 +25,21 @@ def check_tensor(name: str, t: object) -> None:
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
 
 
-def check_device(name: str, t: Tensor) -> None:
-    if t.device.type not in DEVICES:
-        raise ValueError(f"{name}: expected a CPU tensor, got one on {t.device}: this build has no kernel for it")
+def no_kernels(kind: str) -> str:
+    """Why there are none for a device type that is not in DEVICES, and what to do."""
+    if kind == "cuda":
+        return "this build has no CUDA kernels: install the CUDA toolkit, so that nvcc is found, and build biflow again"
+    return f"this build has no kernels for {kind}"
+
+
+def check_device(name: str, t: Tensor, kinds: tuple[str, ...] = ("cpu",)) -> None:
+    """t is on one of the device types `kinds` that its op has kernels for, and this build has them."""
+    kind = t.device.type
+    if kind in kinds and kind in DEVICES:
+        return
+    wanted = " or ".join(k.upper() for k in kinds if k in DEVICES)
+    why = f"the op has no kernel for {kind}" if kind in DEVICES else no_kernels(kind)
+    raise ValueError(f"{name}: expected a {wanted} tensor, got one on {t.device}: {why}")
 
 
 def check_float32(name: str, t: object) -> None:

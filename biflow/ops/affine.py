@@ -15,6 +15,7 @@ from biflow.ops._checks import (
     check_tensor,
 )
 
+_MAX_CUDA_CHANNELS = 2**30  # offsets within a token's row take 32 bits in the kernels
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,7 +110,9 @@ def _check(name, x, params, layout, scale, clip, clip_on, causal, flip, mask):
     expected = (x.shape[0], x.shape[1], 2 * x.shape[2])
     if tuple(params.shape) != expected:
         raise ValueError(f"params: expected (B, T, 2D) = {expected}, got {tuple(params.shape)}")
-    check_device(name, x)
+    check_device(name, x, ("cpu", "cuda"))
+    if x.is_cuda and x.shape[2] > _MAX_CUDA_CHANNELS:
+        raise ValueError(f"{name}: expected D <= 2^30 on CUDA, got {x.shape[2]}")
     if params.device != x.device:
         raise ValueError(f"params: expected device {x.device} like {name}, got {params.device}")
     if mask is not None:

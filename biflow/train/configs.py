@@ -8,7 +8,7 @@ import torch
 from biflow.config import check_fields
 from biflow.data import DataConfig
 from biflow.models import BiFlowConfig, TarFlowConfig
-from biflow.models.layers import KERNEL_DEVICES
+from biflow.ops._checks import DEVICES
 
 NORMALIZATIONS = ("none", "token_rms", "mean_square")
 PRECISIONS = ("fp32", "bf16")
@@ -85,8 +85,8 @@ class RunConfig:
             kind = torch.device(self.device).type
         except RuntimeError:
             kind = None
-        if kind not in KERNEL_DEVICES:
-            have = " or ".join(map(repr, KERNEL_DEVICES))
+        if kind not in DEVICES:
+            have = " or ".join(map(repr, DEVICES))
             raise ValueError(f"device: expected {have}, for which this build has kernels, got {self.device!r}")
 
 

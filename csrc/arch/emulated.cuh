@@ -2,6 +2,8 @@
 // it. What each does, and the layout of fragments: device.cuh.
 #pragma once
 
+#include <cfloat>
+
 #include "emulator/cuda.h"
 
 #define BIFLOW_SHARED(type, name, ...)                                 \
@@ -79,7 +81,11 @@ inline void grid_sync(EMULATOR_AT) { emulator::grid_barrier(at); }
 
 // --- arithmetic -------------------------------------------------------------------------------------------------
 
-inline float exp2_fast(float x) { return exp2f(x); }
-inline float rsqrt_fast(float x) { return 1 / sqrtf(x); }
+inline float exp2_fast(float x) {
+  const float y = exp2f(x);
+  return y < FLT_MIN ? 0.0f : y;
+}
+
+inline float rsqrt_fast(float x) { return 1.0f / sqrtf(x); }
 
 }  // namespace biflow::arch

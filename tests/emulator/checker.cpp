@@ -36,6 +36,7 @@ struct Place {
   const Thread& thread;
   const void* pc;
   const Location* at;
+  Time alive_since;  // what was written there before does not count
 };
 
 constexpr ThreadId kNobody = ~0u;
@@ -88,6 +89,7 @@ void check_cell(Cell& cell, Access access, const Place& place, size_t byte) {
     if (is_exempt(static_cast<const char*>(place.p) + byte)) return;
     report(is_read(access) ? "out of bounds read" : "out of bounds write", place, byte);
   }
+  if (cell.written < place.alive_since) cell = {Cell::kUninitialised, 0, {0, 0}, {0, 0}};
   if (access == Access::copy_landed) {
     cell = {now, thread.id, {0, 0}, {0, 0}};
     return;
@@ -114,22 +116,29 @@ void check_cell(Cell& cell, Access access, const Place& place, size_t byte) {
       report("race, write after read", place, byte, reader);
     }
   }
-  if (access == Access::copy_issued) {
-    cell.writer = thread.id | Cell::kInFlight;
-  } else if (atomic) {
+  if (atomic) {
     cell.written = now;
     cell.writer = thread.id | Cell::kAtomic;
   } else {
-    cell = {now, thread.id, {0, 0}, {0, 0}};
+    cell = {now, thread.id | (access == Access::copy_issued ? Cell::kInFlight : 0), {0, 0}, {0, 0}};
   }
 }
 
-bool same(const Cell& a, const Cell& b) { return std::memcmp(&a, &b, sizeof(Cell)) == 0; }
+// A cell as words, which compare and copy faster.
+struct Words {
+  uint64_t w[3];
+  static_assert(sizeof(w) == sizeof(Cell));
+  explicit Words(const Cell& cell) { std::memcpy(w, &cell, sizeof(w)); }
+  bool operator==(const Words& o) const { return ((w[0] ^ o.w[0]) | (w[1] ^ o.w[1]) | (w[2] ^ o.w[2])) == 0; }
+  void copy_to(Cell* cell) const { std::memcpy(static_cast<void*>(cell), w, sizeof(w)); }
+};
 
 }  // namespace
 
 void check(const void* p, size_t bytes, Access access, const Thread& thread, const void* pc, const Location* at) {
-  const Place place{p, bytes, thread, pc, at};
+  const Block& block = *thread.block;
+  const bool shared = static_cast<size_t>(static_cast<const unsigned char*>(p) - block.shared) < kRoomBytes;
+  const Place place{p, bytes, thread, pc, at, shared ? block.started : 0};
   const auto address = reinterpret_cast<uintptr_t>(p);
   for (size_t i = 0; i < bytes;) {
     const size_t stop = std::min(bytes, i + (kPageBytes - (address + i) % kPageBytes));
@@ -141,18 +150,12 @@ void check(const void* p, size_t bytes, Access access, const Thread& thread, con
       i = stop;
       continue;
     }
-    // bytes of one access mostly share their past
-    Cell before = *cells;
-    check_cell(*cells, access, place, i);
-    const Cell* after = cells;
-    for (++i, ++cells; i < stop; ++i, ++cells) {
-      if (same(*cells, before)) {
-        *cells = *after;
-      } else {
-        before = *cells;
-        check_cell(*cells, access, place, i);
-        after = cells;
-      }
+    while (i < stop) {
+      const Words before(*cells);
+      check_cell(*cells, access, place, i);
+      const Words after(*cells);
+      // bytes of one access mostly share their past
+      for (++i, ++cells; i < stop && Words(*cells) == before; ++i, ++cells) after.copy_to(cells);
     }
   }
 }
@@ -199,7 +202,7 @@ void read_only(const void* p, size_t bytes, Location at) {
   for (size_t i = 0; i < bytes; ++i) {
     const Cell* cell = cells_at(address + i);
     if (cell == nullptr || cell->written <= grid.launched) continue;
-    report("__ldg of memory that this launch writes", {p, bytes, *current, nullptr, &at}, i,
+    report("__ldg of memory that this launch writes", {p, bytes, *current, nullptr, &at, 0}, i,
            cell->writer & Cell::kIdMask);
   }
 }

@@ -117,3 +117,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, b
 }
 
 }  // namespace emulator
+
+// How threads of later launches run: order 0 forward, 1 reverse, 2 random (by `seed`, the same for every launch);
+// copy_async: when cp.async copies land: 0 when waited for, 1 at once, 2 either.
+extern "C" __attribute__((visibility("default"))) void emulator_configure(int order, uint64_t seed, int copy_async);

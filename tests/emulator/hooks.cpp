@@ -1,5 +1,5 @@
-// What kernels call that g++ compiled with -fsanitize: of libtsan's functions (every access to memory), and of
-// libubsan's (an index outside an array, a pointer that is not aligned). Neither library is linked.
+// What kernels call that g++ compiled with -fsanitize: of libtsan's functions every access to memory, of libubsan's
+// undefined arithmetic, an index outside of an array, a pointer that is null or not aligned. Neither library is linked.
 #include "emulator/machine.h"
 
 using emulator::Access;
@@ -10,19 +10,9 @@ void access(const void* p, size_t bytes, Access kind, const void* pc) {
   if (emulator::current != nullptr) emulator::check(p, bytes, kind, *emulator::current, pc, nullptr);
 }
 
-// The layout of libubsan's arguments.
-struct SourceLocation {
-  const char* file;
-  uint32_t line, column;
-};
-struct OutOfBounds {
-  SourceLocation at;
-};
-struct TypeMismatch {
-  SourceLocation at;
-};
-
-emulator::Location location(const SourceLocation& at) { return {at.file, static_cast<int>(at.line)}; }
+[[noreturn]] void undefined(const std::string& what, const void* pc) {
+  emulator::fail(what + " at " + emulator::source_of(pc));
+}
 
 }  // namespace
 
@@ -48,14 +38,29 @@ void __tsan_vptr_read(void*) {}
 // the guard of a static variable in a function
 uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 
-void __ubsan_handle_out_of_bounds(OutOfBounds* data, uintptr_t index) {
-  emulator::fail("index %lld outside of an array at %s", static_cast<long long>(index),
-                 emulator::text_of(location(data->at)).c_str());
+void __ubsan_handle_out_of_bounds(void*, intptr_t index) {
+  undefined("index " + std::to_string(index) + " outside of an array", __builtin_return_address(0));
 }
-
-void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, uintptr_t address) {
-  emulator::fail("misaligned access of address ...%03llx at %s", static_cast<unsigned long long>(address & 0xfff),
-                 emulator::text_of(location(data->at)).c_str());
+void __ubsan_handle_type_mismatch_v1(void*, uintptr_t address) {
+  undefined(address == 0 ? "access through a null pointer" : "misaligned access", __builtin_return_address(0));
+}
+void __ubsan_handle_shift_out_of_bounds(void*, uintptr_t, uintptr_t) {
+  undefined("shift by more than the bits there are, or of a negative number", __builtin_return_address(0));
+}
+void __ubsan_handle_divrem_overflow(void*, uintptr_t, uintptr_t) {
+  undefined("division by zero", __builtin_return_address(0));
+}
+void __ubsan_handle_add_overflow(void*, uintptr_t, uintptr_t) {
+  undefined("overflow of a signed sum", __builtin_return_address(0));
+}
+void __ubsan_handle_sub_overflow(void*, uintptr_t, uintptr_t) {
+  undefined("overflow of a signed difference", __builtin_return_address(0));
+}
+void __ubsan_handle_mul_overflow(void*, uintptr_t, uintptr_t) {
+  undefined("overflow of a signed product", __builtin_return_address(0));
+}
+void __ubsan_handle_negate_overflow(void*, uintptr_t) {
+  undefined("overflow of a signed negation", __builtin_return_address(0));
 }
 
 }  // extern "C"

@@ -97,7 +97,8 @@ struct Block {
   };
   unsigned char* shared = nullptr;  // room for all of it
   size_t shared_used = 0, static_bytes = 0;
-  std::vector<Variable> variables;  // static, in order of first use; [0] is dynamic memory
+  std::vector<Variable> variables;  // [0] is dynamic memory, then static ones in order of first use
+  Time started = 0;
 
   uint32_t thread_mask(uint32_t warp) const { return warps[warp].exist & ~warps[warp].exited; }
 };
@@ -140,9 +141,7 @@ void check(const void* p, size_t bytes, Access access, const Thread& thread, con
 
 // --- memory.cpp -------------------------------------------------------------------------------------------------
 
-// Shared memory of a block: room, a variable in it, the end.
 void begin_shared(Block& block, size_t dynamic);
-void end_shared(Block& block);
 
 // --- report.cpp -------------------------------------------------------------------------------------------------
 

@@ -34,8 +34,7 @@ struct Recent {
 };
 Recent recent[256];
 
-// Shared memory of a block: [gap] dynamic [gap] variable [gap] variable ...
-constexpr size_t kRoomBytes = 6 * kPageBytes, kGapBytes = 256, kStaticLimit = 48 * 1024;
+constexpr size_t kGapBytes = 256, kStaticLimit = 48 * 1024;  // of shared memory
 
 uintptr_t address_of(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
@@ -192,11 +191,10 @@ std::string memory_text(const void* p) {
 
 static unsigned char* place(Block& block, const void* key, const char* name, size_t bytes, size_t alignment) {
   const size_t begin = (block.shared_used + kGapBytes + alignment - 1) / alignment * alignment;
-  block.shared_used = begin + bytes;
   unsigned char* address = block.shared + begin;
+  block.shared_used = begin + bytes;
   block.variables.push_back({key, name, address, bytes});
   std::memset(address, 0xFF, bytes);
-  mark(address, bytes, Cell::kUninitialised);
   return address;
 }
 
@@ -206,13 +204,17 @@ void begin_shared(Block& block, size_t dynamic) {
     const uintptr_t room = address_of(map_memory(kRoomBytes + kPageBytes));
     block.shared = reinterpret_cast<unsigned char*>((room + kPageBytes - 1) / kPageBytes * kPageBytes);
   }
-  block.shared_used = block.static_bytes = 0;
-  place(block, nullptr, "(dynamic)", dynamic, 1024);
-}
-
-void end_shared(Block& block) {
-  mark(block.shared, block.shared_used, Cell::kNone);
+  for (auto v = block.variables.begin(); v != block.variables.end(); ++v) {
+    // the dynamic memory of the block that was here before often serves again, and then needs no marks: the checker
+    // takes what was written before Block::started for not initialised
+    if (v != block.variables.begin() || v->bytes != dynamic) mark(v->address, v->bytes, Cell::kNone);
+  }
+  const bool marked = !block.variables.empty() && block.variables.front().bytes == dynamic;
   block.variables.clear();
+  block.shared_used = block.static_bytes = 0;
+  block.started = now;
+  unsigned char* address = place(block, nullptr, "(dynamic)", dynamic, 1024);
+  if (!marked) mark(address, dynamic, Cell::kUninitialised);
 }
 
 unsigned char* dynamic_shared(Location at) {
@@ -231,7 +233,9 @@ void* shared_variable(const void* key, size_t bytes, size_t alignment, const cha
     fail("too much shared memory: %zu static bytes with %s at %s, %zu dynamic", block.static_bytes, name,
          text_of(at).c_str(), grid.launch.shared);
   }
-  return place(block, key, name, bytes, std::max<size_t>(alignment, 16));
+  unsigned char* address = place(block, key, name, bytes, std::max<size_t>(alignment, 16));
+  mark(address, bytes, Cell::kUninitialised);
+  return address;
 }
 
 }  // namespace emulator

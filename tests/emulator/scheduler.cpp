@@ -176,11 +176,6 @@ std::unique_ptr<Block> start_block(uint32_t linear) {
   return block;
 }
 
-void end_block(std::unique_ptr<Block> block) {
-  end_shared(*block);
-  idle_blocks.push_back(std::move(block));
-}
-
 [[noreturn]] void deadlock() {
   std::map<std::string, int> waiting;
   for (const auto& block : grid.blocks) {
@@ -227,7 +222,7 @@ void run_grid(uint32_t blocks) {
   for (const uint32_t linear : order) {
     grid.blocks.push_back(start_block(linear));
     run_blocks();
-    end_block(std::move(grid.blocks.back()));
+    idle_blocks.push_back(std::move(grid.blocks.back()));
     grid.blocks.pop_back();
   }
 }
@@ -341,7 +336,7 @@ cudaError_t launch(const Launch& launch) {
   random_state = (settings.seed + 1) * 0x9E3779B97F4A7C15u;
   current = &caller;
   const auto finish = [] {
-    for (auto& block : grid.blocks) end_block(std::move(block));
+    for (auto& block : grid.blocks) idle_blocks.push_back(std::move(block));
     grid.blocks.clear();
     current = nullptr;
   };
@@ -358,6 +353,6 @@ cudaError_t launch(const Launch& launch) {
 
 }  // namespace emulator
 
-extern "C" __attribute__((visibility("default"))) void emulator_configure(int order, uint64_t seed, int copy_async) {
+extern "C" void emulator_configure(int order, uint64_t seed, int copy_async) {
   emulator::settings = {static_cast<emulator::Order>(order), seed, static_cast<emulator::CopyAsync>(copy_async)};
 }

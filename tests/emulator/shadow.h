@@ -27,6 +27,9 @@ struct Cell {
 constexpr size_t kPageBytes = size_t{1} << 16;
 Cell* cells_at(uintptr_t address);
 
+// What a block has for its shared memory: [gap] dynamic [gap] variable [gap] variable ...
+constexpr size_t kRoomBytes = 6 * kPageBytes;
+
 // Sets all cells of [p, p + bytes) to a state; pages appear as needed. No-op in plain builds.
 void mark(const void* p, size_t bytes, Time written);
 

@@ -44,9 +44,9 @@ class Backend:
 _libraries: dict[str, ctypes.CDLL] = {}
 
 
-def emulated(variant: str, name: str) -> Backend:
+def emulated(variant: str, name: str, build: Path = BUILD) -> Backend:
     """The emulator's "plain" or "race" build; skips the test where it is not built."""
-    path = BUILD / f"libbiflow_emulated_{variant}.so"
+    path = build / f"libbiflow_emulated_{variant}.so"
     if not path.exists():
         pytest.skip(f"no {path.name}: run `make emulator`")
     if variant not in _libraries:
@@ -55,12 +55,12 @@ def emulated(variant: str, name: str) -> Backend:
     return Backend(name, getattr(torch.ops, f"biflow_{variant}"), "cpu", _libraries[variant])
 
 
-def get(name: str) -> Backend:
+def get(name: str, build: Path = BUILD) -> Backend:
     if name == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         return Backend(name, torch.ops.biflow, "cuda")
-    backend = emulated("race" if name == "race" else "plain", name)
+    backend = emulated("race" if name == "race" else "plain", name, build)
     if name == "race":
         backend.configure("forward", copies="lazy")
     else:

@@ -1,0 +1,98 @@
+"""Gates of an MLP: checks, dispatch, autograd. The maths: gate.
+
+CUDA tensors go to the torch ops of this stem, Triton kernels; others and float64 to torch's functions, called directly.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from biflow.ops._arrays import takes_arrays
+from biflow.ops._checks import check_choice, check_tensor
+from biflow.ops._triton import kernels
+
+KINDS = ("swiglu", "gelu")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@takes_arrays
+def gate(m: Tensor, kind: str) -> Tensor:
+    """What an MLP does between its two linear layers.
+
+    kind "gelu": m Phi(m) with the exact normal distribution function (Hendrycks and Gimpel, arXiv 1606.08415);
+    "swiglu": silu(a) b, silu(a) = a / (1 + exp(-a)), of the halves [a | b] of the channels (Shazeer, arXiv 2002.05202).
+
+    Args:
+        m: (..., C), float32, bfloat16, float16 or float64, any strides; C even for "swiglu".
+        kind: "swiglu" | "gelu".
+
+    Returns:
+        (..., C), or (..., C / 2) for "swiglu", dtype of m. CUDA kernels compute in float32 and round once.
+
+    Gradients: on CUDA, but for float64, of first order, without the transforms of torch.func; a second derivative
+    raises RuntimeError.
+
+    Raises:
+        TypeError: a dtype not listed. ValueError: a kind or shape that does not fit. RuntimeError: CUDA tensors without
+            Triton, which torch's CUDA wheels for Linux bring.
+    """
+    _check(m, kind)
+    if m.is_cuda and m.dtype != torch.float64:
+        return torch.ops.biflow.gate(m, kind)
+    if kind == "gelu":
+        return F.gelu(m)
+    a, b = m.chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
+def _check(m, kind):
+    check_tensor("m", m)
+    if m.dtype not in _DTYPES:
+        raise TypeError(f"m: expected float32, bfloat16, float16 or float64, got {m.dtype}")
+    check_choice("kind", kind, KINDS)
+    if m.dim() == 0 or (kind == "swiglu" and m.shape[-1] % 2):
+        wanted = "an even number of channels" if kind == "swiglu" else "at least one dimension"
+        raise ValueError(f"m: expected {wanted}, got shape {tuple(m.shape)}")
+
+
+# --- the torch ops: CUDA only --------------------------------------------------------------------------------------
+
+
+def _gate(m, kind):
+    _check(m, kind)
+    return kernels("gate").gate(m, kind)
+
+
+def _gate_backward(grad_y, m, kind):
+    return kernels("gate").gate_backward(grad_y, m, kind)
+
+
+for _name, _kernel in (("gate", _gate), ("gate_backward", _gate_backward)):
+    torch.library.impl(f"biflow::{_name}", "CUDA", _kernel)
+
+
+@torch.library.register_fake("biflow::gate")
+def _(m, kind):
+    return m.new_empty((*m.shape[:-1], m.shape[-1] // (2 if kind == "swiglu" else 1)))
+
+
+@torch.library.register_fake("biflow::gate_backward")
+def _(grad_y, m, kind):
+    return m.new_empty(m.shape)
+
+
+def _save(ctx, inputs, output):
+    m, ctx.kind = inputs
+    ctx.save_for_backward(m)
+
+
+def _gradient(ctx, grad_y):
+    return torch.ops.biflow.gate_backward(grad_y, *ctx.saved_tensors, ctx.kind), None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("biflow: on CUDA gate has a first derivative only (use biflow.reference)")
+
+
+torch.library.register_autograd("biflow::gate", _gradient, setup_context=_save)
+torch.library.register_autograd("biflow::gate_backward", _no_second_derivative)
