@@ -74,7 +74,7 @@ class Layer(nn.Module):
         prefix: int = 0,
         attn_temp: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream h (B,N,C) and what is yet to be added to it, delta (None: nothing) -> both after the layer.
+        """The residual stream h (B,N,C) and what is yet to be added to it, delta (None: nothing) -> both after it.
 
         Their sum is the layer's result: the next layer's first norm adds them in the pass in which it reads them.
         rope: tables (N - prefix, d/2), or None; the first `prefix` tokens are not rotated. attn_temp divides the
