@@ -75,11 +75,20 @@ struct Vector {
 
   BIFLOW_DEVICE void store(T* p) const {
 #pragma unroll
-    for (int i = 0; i < kBytes / kAccess; ++i) {
-      word w;
-      memcpy(&w, reinterpret_cast<const unsigned char*>(v) + i * kAccess, kAccess);
-      reinterpret_cast<word*>(p)[i] = w;
-    }
+    for (int i = 0; i < kBytes / kAccess; ++i) reinterpret_cast<word*>(p)[i] = piece(i);
+  }
+
+  // To global memory. Beside a branch that stores the elements one by one, the compiler makes a plain store the same.
+  BIFLOW_DEVICE void store_global(T* p) const {
+#pragma unroll
+    for (int i = 0; i < kBytes / kAccess; ++i) __stcg(reinterpret_cast<word*>(p) + i, piece(i));
+  }
+
+ private:
+  BIFLOW_DEVICE word piece(int i) const {
+    word w;
+    memcpy(&w, reinterpret_cast<const unsigned char*>(v) + i * kAccess, kAccess);
+    return w;
   }
 };
 

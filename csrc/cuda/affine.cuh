@@ -28,7 +28,9 @@ constexpr int kAffineTrip = 16;      // bytes of arithmetic that a thread handle
 // Blocks of an SM to ask for: 48 registers a thread (5) or 64 (4) where nothing spills then; where the compiler is not
 // asked (0), it takes at most 80, which are 3.
 template <class S, int V, bool kBackward>
-constexpr int kBlocks = sizeof(S) == 8 || (kBackward && V == 8) ? 0 : !kBackward && (V == 2 || V == 4) ? 5 : 4;
+constexpr int kBlocks = sizeof(S) == 8 || (kBackward && V == 8) ? 0
+                        : !kBackward && (V == 2 || V == 4)      ? 5
+                                                                : 4;
 
 struct AffinePlan {
   bool encode;
@@ -142,7 +144,7 @@ BIFLOW_DEVICE void store_vector(const T (&from)[V], T* to) {
     arch::Vector<T, V> v;
 #pragma unroll
     for (int i = 0; i < V; ++i) v.v[i] = from[i];
-    v.store(to);
+    v.store_global(to);
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) arch::Vector<T, 1>{{from[i]}}.store(to + i);
@@ -244,8 +246,9 @@ struct AffineTrip {
         const int i = k * V, second = V + l;  // pairs: elements l and V + l of a0 b0 a1 b1 ..
         x[l] = raw_v[i + l];
         if constexpr (kBackward) {
-          low[l] = !has_gradient ? Net(0) : !plan.pairs ? raw_a[i + l] : (l % 2 ? raw_b : raw_a)[i + l / 2];
-          high[l] = !has_gradient ? Net(0) : !plan.pairs ? raw_b[i + l] : (second % 2 ? raw_b : raw_a)[i + second / 2];
+          const int from = i + l / 2, second_from = i + second / 2;  // named: g++ -fsanitize loses them inside [ ]
+          low[l] = !has_gradient ? Net(0) : !plan.pairs ? raw_a[i + l] : (l % 2 ? raw_b : raw_a)[from];
+          high[l] = !has_gradient ? Net(0) : !plan.pairs ? raw_b[i + l] : (second % 2 ? raw_b : raw_a)[second_from];
         }
       }
       store_vector<kAligned>(x, output + at.data);

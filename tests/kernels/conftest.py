@@ -9,19 +9,17 @@ from .backends import BUILD, NAMES, get
 
 def pytest_addoption(parser):
     parser.addoption("--emulator", type=Path, default=BUILD, help="folder of the emulated libraries")
-    parser.addoption("--backends", default=",".join(NAMES), help=f"of {', '.join(NAMES)}")
+    parser.addoption("--backends", default=",".join(NAMES), help="where the kernel tests run (default: %(default)s)")
 
 
-def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames:
-        names = metafunc.config.getoption("--backends", ",".join(NAMES)).split(",")
-        gpu = pytest.mark.gpu
-        metafunc.parametrize(
-            "backend", [pytest.param(n, marks=gpu if n == "cuda" else ()) for n in names], indirect=True
-        )
+def pytest_collection_modifyitems(config, items):
+    left_out = set(NAMES) - set(config.getoption("--backends", ",".join(NAMES)).split(","))
+    backend_of = {item: getattr(item, "callspec", None) and item.callspec.params.get("backend") for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if backend_of[item] in left_out])
+    items[:] = [item for item in items if backend_of[item] not in left_out]
 
 
-@pytest.fixture
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in NAMES])
 def backend(request):
     """Runs the test on every backend: the emulator with the race checker and in several orders, and a GPU."""
     return get(request.param, request.config.getoption("--emulator", BUILD))
