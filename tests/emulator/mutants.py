@@ -266,10 +266,11 @@ def main() -> None:
             if r["result"] == "survived":
                 print(f"    - {r['before'].strip()}\n    + {r['after'].strip()}", flush=True)
     counts = Counter(r["result"] for r in results)
+    minutes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime / 60
     judged = counts["killed"] + counts["survived"]
     print(
         f"{counts['killed']} of {judged} killed; {counts['does not compile']} do not compile, "
-        f"{len(same)} are known to compute the same"
+        f"{len(same)} are known to compute the same; {minutes:.0f} minutes of CPU time"
     )
     arguments.out.write_text(
         json.dumps({"seed": arguments.seed, "counts": counts, "mutants": results}, indent=1) + "\n"
