@@ -75,11 +75,20 @@ struct Vector {
 
   BIFLOW_DEVICE void store(T* p) const {
 #pragma unroll
-    for (int i = 0; i < kBytes / kAccess; ++i) {
-      word w;
-      memcpy(&w, reinterpret_cast<const unsigned char*>(v) + i * kAccess, kAccess);
-      reinterpret_cast<word*>(p)[i] = w;
-    }
+    for (int i = 0; i < kBytes / kAccess; ++i) reinterpret_cast<word*>(p)[i] = piece(i);
+  }
+
+  // To global memory, in accesses that stay whole.
+  BIFLOW_DEVICE void store_global(T* p) const {
+#pragma unroll
+    for (int i = 0; i < kBytes / kAccess; ++i) arch::store_global(reinterpret_cast<word*>(p) + i, piece(i));
+  }
+
+ private:
+  BIFLOW_DEVICE word piece(int i) const {
+    word w;
+    memcpy(&w, reinterpret_cast<const unsigned char*>(v) + i * kAccess, kAccess);
+    return w;
   }
 };
 
