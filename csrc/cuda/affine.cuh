@@ -6,9 +6,9 @@
 // on T, D and the dtypes alone, and so does the order of each sum: a sample's log-determinant has the same bits in any
 // batch, at any address, on any device.
 //
-// Bytes in flight. Before it uses any, a thread loads 16 / sizeof(S) or V elements of x, a and b, whichever are more:
-// 48 bytes in fp32, in bf16 48 (V = 8) or 24. The memory of an H200 wants about 4.8 TB/s x 0.8 us / 132 SMs = 29 KB of
-// an SM; with the blocks of kBlocks it has 61 and 49 or 31, a backward 65 and 49 or 33.
+// Bytes in flight. Before it uses any, a thread loads V or four elements (fp64: two) of x, a and b, a backward of the
+// gradient too. With kBlocks blocks on an SM that is 49 to 65 KB in fp32 and in bf16 with V = 8, 25 to 33 KB in bf16
+// with narrower vectors; the memory of an H200 wants about 4.8 TB/s x 0.8 us / 132 SMs = 29 KB (estimates).
 //
 // Types of memory and V are template arguments; everything else is a branch that a whole launch takes alike.
 #pragma once
