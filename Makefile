@@ -51,8 +51,9 @@ emulator: $(BUILT)
 emulator-test: emulator
 	$(BIN)/python -m pytest tests/kernels
 
+# MUTANTS: how many are drawn (60)
 mutants: emulator
-	$(BIN)/python -m tests.emulator.mutants
+	$(BIN)/python -m tests.emulator.mutants $(if $(MUTANTS),--count $(MUTANTS))
 
 # Registers, shared memory and instructions of every CUDA kernel.
 cuda-table: $(BUILT)

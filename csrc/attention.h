@@ -3,7 +3,6 @@
 // used.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace biflow {

@@ -30,7 +30,7 @@ def test_dry_run(tmp_path):
     items = {row["item"] for row in found["parts"]["models"]["rows"]}
     assert {"one-pass reverse B/2", "density B/2", "density TARFlow-64", "eager step B/2"} <= items
     ops = {row["op"] for row in found["parts"]["kernels"]["rows"]}
-    assert {"affine_encode", "affine_decode backward", "attention_qkv", "add_norm", "gate"} <= ops
+    assert {"affine_encode", "affine_decode backward", "attention_qkv", "add_norm", "gate swiglu"} <= ops
     for line in ("one-pass reverse B/2", "models       ok"):  # the table
         assert line in done.stdout
 

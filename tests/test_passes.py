@@ -48,6 +48,9 @@ class Recorder:
         self.graphs.append(Recorded(*call))
         return self.graphs[-1]
 
+    def wait(self):
+        assert not self.busy
+
 
 def alias(t):
     """Another tensor over the same memory."""
@@ -224,7 +227,7 @@ def test_the_oldest_graph_goes_first(recorder, monkeypatch):
     model = make_inverse()
     for n in (1, 2, 1, 3):  # 3 replaces 2, which was used longest ago
         model.decode(Z[:n], None)
-    assert {len(g.inputs[0]) for _, g in model.passes._graphs.values()} == {1, 3}
+    assert {len(g.graph.inputs[0]) for g in model.passes._graphs.values()} == {1, 3}
     model.decode(Z[:1], None)
     assert len(graphs_of(model)) == 3
 
@@ -232,13 +235,57 @@ def test_the_oldest_graph_goes_first(recorder, monkeypatch):
 def test_frozen_looks_once(monkeypatch):
     model = make_inverse()
     looks = []
-    monkeypatch.setattr(passes, "_values", lambda module: looks.append(1) or object())
-    with model.passes.frozen():
+    monkeypatch.setattr(passes, "_hash", lambda module: looks.append(1))
+    with model.frozen():
         for _ in range(3):
             model.decode(Z, Y, precision="bf16")
     assert len(looks) == 1
     model.decode(Z, Y, precision="bf16")
     assert len(looks) == 2
+
+
+@pytest.mark.parametrize("precision", passes.PRECISIONS)
+def test_frozen_looks_at_every_graph(recorder, precision):
+    """Weights replaced between two calls are seen by the graphs of all shapes, inside `frozen` too."""
+    model, other = make_inverse(), randomize(make_inverse(), std=0.2)
+    shapes = (3, 1)
+    for n in shapes:
+        model.decode(Z[:n], Y[:n], precision=precision)
+    for own, new in zip(model.parameters(), other.parameters(), strict=True):
+        own.data = new.data.clone()
+    with model.frozen():
+        for n in (*shapes, *shapes):
+            got = model.decode(Z[:n], Y[:n], precision=precision)
+            assert torch.equal(got, other.decode(Z[:n], Y[:n], precision=precision))
+    assert len(graphs_of(model)) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, p: p.data.mul_(2),
+        lambda model, p: p.detach().numpy().__imul__(2),
+        lambda model, p: setattr(p, "data", p.data * 2),
+        lambda model, p: fused_step(model),
+    ],
+    ids=["data", "numpy", "another storage", "fused optimizer"],
+)
+def test_writes_that_torch_does_not_count(recorder, monkeypatch, change):
+    """On a GPU no hash tells of them: the weights are rounded for every call."""
+    monkeypatch.setattr(passes, "_hash", lambda module: None)
+    model = make_inverse()
+    before = model.decode(Z, Y, precision="bf16")
+    change(model, model.groups[0][0].proj.weight)
+    after = model.decode(Z, Y, precision="bf16")
+    assert not torch.equal(before, after)
+    assert torch.equal(after, copy.deepcopy(model).decode(Z, Y, precision="bf16"))
+
+
+def fused_step(model):
+    """As training does: it does not count as a change of the parameters' version."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    model(Z, Y).square().sum().backward()
+    optimizer.step()
 
 
 def test_inference_mode_and_back(recorder):

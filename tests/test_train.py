@@ -14,6 +14,7 @@ import biflow
 from biflow import train
 from biflow.config import from_mapping, to_mapping
 from biflow.models.layers import patchify
+from biflow.ops._checks import DEVICES
 from biflow.train import AlignmentConfig, OptimConfig, RunConfig, distill, likelihood, optim, trainer
 
 
@@ -428,7 +429,7 @@ def test_a_missing_tensorboard_is_said_in_one_line(images, tmp_path, monkeypatch
         (OptimConfig, {"ema": 1.0}, "ema: expected"),
         (OptimConfig, {"weight_decay": math.nan}, "weight_decay: expected"),
         (RunConfig, {"precision": "fp8"}, "precision: expected one of fp32, bf16"),
-        (RunConfig, {"device": "abacus"}, "device: expected 'cpu', for which this build has kernels, got 'abacus'"),
+        (RunConfig, {"device": "abacus"}, "for which this build has kernels, got 'abacus'"),
         (RunConfig, {"device": "meta"}, "device: expected 'cpu'"),
         (RunConfig, {"keep": 0}, "keep: expected"),
         (AlignmentConfig, {"normalize": "max"}, "normalize: expected one of none, token_rms, mean_square"),
@@ -480,4 +481,13 @@ def test_flow_and_inverse_must_fit(images, tmp_path):
             train.train_inverse(changed(inverse_config(images), "model", **fields), flow, tmp_path / "run")
     with pytest.raises(TypeError, match="expected a TarFlow, got BiFlow"):
         train.train_inverse(inverse_config(images), biflow.BiFlow(inverse_config(images).model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="built without CUDA")
+def test_a_device_that_this_machine_lacks(tmp_path):
+    """A run from a GPU can be read anywhere, but goes on only where there is one."""
+    config = dataclasses.replace(flow_config(tmp_path), run=RunConfig(device="cuda:99"))
+    with pytest.raises(ValueError, match="device: expected one of this machine, got 'cuda:99': torch sees"):
+        likelihood.train_flow(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

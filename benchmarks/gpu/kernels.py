@@ -71,7 +71,7 @@ def affine(timer: Timer, limits: list[dict], dry: bool) -> list[dict]:
             for who, module in (("ours", ops), ("eager", reference)):
                 f = getattr(module, f"affine_{direction}")
                 forward[who] = Call(partial(f, x, params, **options))
-                backward[who] = _backward(f, x, params, options)
+                backward[who] = _backward(f, (x, params), options)
             if not dry and not options:
                 compiled = torch.compile(getattr(reference, f"affine_{direction}"), dynamic=False)
                 forward["compile"] = Call(partial(compiled, x, params))
@@ -94,8 +94,8 @@ def affine(timer: Timer, limits: list[dict], dry: bool) -> list[dict]:
     return rows
 
 
-def _backward(f, x, params, options) -> Call:
-    leaves = [x.clone().requires_grad_(), params.clone().requires_grad_()]
+def _backward(f, leaves, options) -> Call:
+    leaves = [t.clone().requires_grad_() for t in leaves]
     out = f(*leaves, **options)
     out = out if isinstance(out, tuple) else (out,)
     grads = [torch.ones_like(o) for o in out]
@@ -178,20 +178,23 @@ def norm_and_gate(timer: Timer, limits: list[dict], dry: bool) -> list[dict]:
         delta = torch.randn((count, width), generator=generator, device=timer.device).to(BF16)
         weight = torch.ones(width, device=timer.device)
         m = torch.randn((count, 2 * 2048), generator=generator, device=timer.device).to(BF16)
+        # ours, eager, inputs, bytes an element of the first one: forward and backward
         cases = {
-            "add_norm": (partial(ops.add_norm, delta, h, weight, kind="rmsnorm", eps=1e-6),
-                         partial(torch_add_norm, delta, h, weight), (2 + 4 + 4 + 2) * delta.numel()),
-            "gate": (partial(ops.gate, m, "swiglu"), partial(torch_gate, m), 2 * 1.5 * m.numel()),
-        }  # fmt: skip
-        for op, (ours, eager, moved) in cases.items():
-            calls = {"ours": Call(ours), "eager": Call(eager)}
+            "add_norm": (partial(ops.add_norm, kind="rmsnorm", eps=1e-6), torch_add_norm, (delta, h, weight), 12, 16),
+            "gate swiglu": (partial(ops.gate, kind="swiglu"), torch_gate, (m,), 3, 5),
+            "gate gelu": (partial(ops.gate, kind="gelu"), F.gelu, (m,), 4, 6),
+        }
+        for op, (ours, eager, given, *bytes_each) in cases.items():
+            forward = {"ours": Call(partial(ours, *given)), "eager": Call(partial(eager, *given))}
             if not dry:
-                compiled = torch.compile(eager.func, dynamic=False)
-                calls["compile"] = Call(partial(compiled, *eager.args))
-            with torch.no_grad():
-                times = timer(calls, cold=moved > L2_BYTES)
-            limit = moved / rate(limits, "copy")
-            rows.append(_row(op, name, times, limit, mb=moved / 1e6, gb_s=moved / times["ours"] / 1e9))
+                forward["compile"] = Call(partial(torch.compile(eager, dynamic=False), *given))
+            backward = {who: _backward(f, given, {}) for who, f in (("ours", ours), ("eager", eager))}
+            for what, calls, each in zip(("", " backward"), (forward, backward), bytes_each, strict=True):
+                moved = each * given[0].numel()
+                with torch.set_grad_enabled(bool(what)):
+                    times = timer(calls, cold=moved > L2_BYTES)
+                limit = moved / rate(limits, "copy")
+                rows.append(_row(op + what, name, times, limit, mb=moved / 1e6, gb_s=moved / times["ours"] / 1e9))
     return rows
 
 

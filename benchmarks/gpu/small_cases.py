@@ -19,6 +19,12 @@ def main() -> None:
             z, logdet = ops.affine_encode(x, params, mask=mask, **options)
             torch.autograd.grad(z.sum() + logdet.sum(), (x, params))
             ops.affine_decode(z.detach(), params.detach(), mask=mask, **options)
+    for kind, gate, shape in (("layernorm", "gelu", (5, 130)), ("rmsnorm", "swiglu", (600, 600))):
+        x = randn(*shape, dtype=torch.bfloat16).requires_grad_()
+        h, weight = randn(*shape).requires_grad_(), randn(shape[1]).requires_grad_()
+        y, h_out = ops.add_norm(x, h, weight, weight if kind == "layernorm" else None, kind=kind, eps=1e-5)
+        y = ops.norm(ops.gate(y, gate)[:, : shape[1] // 2], weight[: shape[1] // 2], kind=kind, eps=1e-5)
+        torch.autograd.grad(y.sum() + h_out.sum(), (x, h, weight))
     with torch.no_grad():
         for heads, tokens, d, causal in ((2, 83, 64, True), (1, 200, 32, False), (1, 70, 128, False)):
             qkv = randn(2, tokens, 3 * heads * d, dtype=torch.bfloat16)

@@ -74,7 +74,7 @@ class Layer(nn.Module):
         prefix: int = 0,
         attn_temp: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream h (B,N,C) and what is yet to be added to it, delta (None: nothing) -> both after the layer.
+        """The residual stream h (B,N,C) and what is yet to be added to it, delta (None: nothing) -> both after it.
 
         Their sum is the layer's result: the next layer's first norm adds them in the pass in which it reads them.
         rope: tables (N - prefix, d/2), or None; the first `prefix` tokens are not rotated. attn_temp divides the
@@ -213,7 +213,12 @@ def device_name(device: torch.device) -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-# --- checks at the models' entry points. Those of values are skipped while torch.compile traces: they break the graph.
+# --- checks at the models' entry points. Those of values wait for the GPU: they are skipped while a graph is recorded.
+
+
+def recording() -> bool:
+    """Whether torch.compile traces this code or a CUDA graph records it."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def check_count(name: str, n: int) -> int:
@@ -249,9 +254,9 @@ def check_labels(y: Tensor | None, num_classes: int, batch: int, device: torch.d
         raise ValueError(f"y: expected shape ({batch},), got {tuple(y.shape)}")
     if y.device != device:
         raise ValueError(f"y: expected a tensor on {device}, got one on {y.device}")
-    if torch.compiler.is_compiling() or batch == 0:
+    if batch == 0 or recording():
         return
-    low, high = int(y.min()), int(y.max())
+    low, high = torch.stack(torch.aminmax(y)).tolist()
     if low < -1 or high >= num_classes:
         raise ValueError(
             f"y: expected labels in [0, {num_classes}) or -1 (unconditional), got values in [{low}, {high}]"
@@ -274,7 +279,7 @@ def check_floats(name: str, x: Tensor, shape: tuple[int | None, ...], weight: Te
     autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     if x.dtype != weight.dtype and not autocast:
         raise TypeError(f"{name}: expected {weight.dtype}, the model's dtype; got {x.dtype}")
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
+    if not recording() and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{name}: expected finite values, got {bad} NaN or infinite of {x.numel()}")
 

@@ -5,33 +5,33 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from biflow.models.layers import Layer
+from biflow.models.layers import Layer, recording
 from biflow.ops._weights import weights_key
 
 PRECISIONS = ("fp32", "bf16")
+_RECORDING = threading.Lock()  # torch records one graph at a time in a process
 MAX_GRAPHS = 16  # of one model; the one used longest ago goes first
 
 
 class CudaGraph:
     """One call, recorded: static copies of its inputs, its kernels as one launch, its outputs in the graph's memory."""
 
-    def __init__(self, call: Callable, inputs: tuple[Tensor | None, ...], pool: object):
-        device = next(t.device for t in inputs if t is not None)
+    def __init__(self, call: Callable, inputs: tuple[Tensor | None, ...], stream: torch.cuda.Stream, pool: object):
         self.inputs = [None if t is None else t.clone() for t in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # libraries and Triton set themselves up outside the recording
+        own = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(own)
+        with torch.cuda.stream(stream):  # libraries and Triton set themselves up outside the recording
             for _ in range(2):
                 call(*self.inputs)
-        torch.cuda.current_stream(device).wait_stream(side)
-        # other threads may go on using the GPU meanwhile
-        with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+        own.wait_stream(stream)
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.outputs = call(*self.inputs)
 
     def replay(self) -> None:
@@ -43,6 +43,7 @@ class CudaRecorder:
 
     def __init__(self):
         self._pool = None
+        self._stream: torch.cuda.Stream | None = None  # of every recording: only then do graphs share memory
         self._done: torch.cuda.Event | None = None  # the last turn's work
 
     @contextlib.contextmanager
@@ -51,21 +52,28 @@ class CudaRecorder:
             stream = torch.cuda.current_stream(device)
             if self._done is not None:
                 stream.wait_event(self._done)  # static buffers may be in use on another stream
-            yield
-            self._done = torch.cuda.Event()
-            self._done.record(stream)
+            try:
+                yield
+            finally:
+                self._done = torch.cuda.Event()
+                self._done.record(stream)
 
     def record(self, network: nn.Module, method: str, inputs: tuple[Tensor | None, ...], options: dict) -> CudaGraph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return CudaGraph(lambda *t: getattr(network, method)(*t, **options), inputs, self._pool)
+        with _RECORDING:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                self._stream = torch.cuda.Stream()
+            return CudaGraph(lambda *t: getattr(network, method)(*t, **options), inputs, self._stream, self._pool)
+
+    def wait(self) -> None:
+        """Until the graphs' memory may go."""
+        if self._done is not None:
+            self._done.synchronize()
 
 
 def graphable(inputs: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call with these inputs is recorded: on a GPU, unless something else is being recorded."""
-    return (
-        all(t is None or (t.is_cuda and t.numel() > 0) for t in inputs) and not torch.cuda.is_current_stream_capturing()
-    )
+    """Whether a call with these inputs is recorded: on a GPU."""
+    return all(t is None or (t.is_cuda and t.numel() > 0) for t in inputs)
 
 
 class PassModule(nn.Module):
@@ -100,9 +108,10 @@ class PassModule(nn.Module):
 class Passes:
     """Calls methods of a module without gradients, through what it keeps for that: bf16 weights, CUDA graphs.
 
-    Neither outlives a change of the weights that torch knows of. A parameter's replacement and every in-place
-    operation are seen; on a GPU a write through `.data` or from another library is not: call `forget` after one. (On
-    the CPU the weights' bytes are looked at.) Hooks on modules run when a graph is recorded, not when it is replayed.
+    Neither outlives a change of the weights. Every call compares the tensors' addresses with those that a graph has
+    recorded, and rounds the weights to bf16 anew on a GPU, where that takes no longer than a look at them would; on a
+    CPU a hash of their bytes says whether it must. Inside `frozen` each is done once. Hooks on modules run when a graph
+    is recorded, not when it is replayed.
 
     In bf16 the weights of the layers' linear maps are rounded, and with them what they multiply, the keys and the
     values; norms, residual stream, embeddings, heads and sums stay fp32, as under autocast.
@@ -114,23 +123,27 @@ class Passes:
         self._module = module
         self._lock = threading.RLock()
         self._frozen = 0
+        self._period = 0  # counts what `frozen` opened
+        self._recorder: CudaRecorder | None = None
         self.forget()
 
     def forget(self) -> None:
         """Drop every copy of the weights and every graph."""
         with self._lock:
-            self._twin: nn.Module | None = None  # the module in bf16
-            self._twin_key = None
-            self._seen: set[str] = set()  # precisions whose weights were looked at since `frozen` began
-            self._graphs: OrderedDict[tuple, tuple[tuple, CudaGraph]] = OrderedDict()
+            if self._recorder is not None:
+                self._recorder.wait()
             self._recorder = CudaRecorder()
+            self._twin: nn.Module | None = None  # the module in bf16
+            self._twin_key: tuple | None = None
+            self._twin_period = 0
+            self._graphs: OrderedDict[tuple, _Recorded] = OrderedDict()
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, the weights must not change: they are looked at once, not on every call."""
         with self._lock:
             if self._frozen == 0:
-                self._seen.clear()
+                self._period += 1
             self._frozen += 1
         try:
             yield
@@ -141,59 +154,70 @@ class Passes:
     def __call__(self, method: str, precision: str, *inputs: Tensor | None, **options: bool):
         """module.method(*inputs, **options) in `precision`; the outputs are the caller's own. options: hashable.
 
-        Inside torch.compile nothing is kept: bf16 is then autocast's.
+        Inside torch.compile, or while a CUDA graph is recorded, nothing is kept: bf16 is then autocast's.
         """
-        if torch.compiler.is_compiling():
+        if recording():
             device = next(t.device.type for t in inputs if t is not None)
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
                 return getattr(self._module, method)(*inputs, **options)
         if precision == "fp32" and not graphable(inputs):
             return getattr(self._module, method)(*inputs, **options)
         with torch.inference_mode(False), torch.no_grad():
             with self._lock:
-                network = self._module if precision == "fp32" else self._low_precision()
                 if graphable(inputs):
-                    return self._replay(network, method, precision, inputs, options)
+                    with self._recorder.turn(next(t.device for t in inputs if t is not None)):
+                        network = self._module if precision == "fp32" else self._low_precision()
+                        return self._replay(network, method, precision, inputs, options)
+                network = self._low_precision()
             return getattr(network, method)(*inputs, **options)
+
+    def replay_last(self) -> None:
+        """The kernels of the last call alone, on its inputs: what a benchmark times. Only after a call on a GPU."""
+        with self._lock:
+            next(reversed(self._graphs.values())).graph.replay()
 
     def _replay(self, network: nn.Module, method: str, precision: str, inputs: tuple, options: dict):
         shapes = tuple(None if t is None else (tuple(t.shape), t.dtype, t.device) for t in inputs)
         name = (method, precision, shapes, tuple(sorted(options.items())))
-        with self._recorder.turn(next(t.device for t in inputs if t is not None)):
-            places, graph = self._graphs.pop(name, (None, None))
-            if graph is None or (not self._looked(precision) and places != _places(network)):
-                places = _places(network)
-                graph = self._recorder.record(network, method, inputs, options)
-            self._graphs[name] = (places, graph)
-            if len(self._graphs) > MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-            for own, given in zip(graph.inputs, inputs, strict=True):
-                if own is not None:
-                    own.copy_(given)
-            graph.replay()
-            self._seen.add(precision)
-            return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, graph.outputs)
-
-    def _looked(self, precision: str) -> bool:
-        return self._frozen > 0 and precision in self._seen
+        recorded = self._graphs.pop(name, None)
+        if recorded is None or not (self._frozen and recorded.period == self._period):
+            places = _places(network)
+            if recorded is None or recorded.places != places:
+                recorded = _Recorded(self._recorder.record(network, method, inputs, options), places)
+            recorded.period = self._period
+        self._graphs[name] = recorded
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        graph = recorded.graph
+        for own, given in zip(graph.inputs, inputs, strict=True):
+            if own is not None:
+                own.copy_(given)
+        graph.replay()
+        return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, graph.outputs)
 
     def _low_precision(self) -> nn.Module:
         """The module in bf16. Only the layers' linear weights are copies; the other tensors are the module's own."""
-        if self._twin is not None and self._looked("bf16"):
+        if self._twin is not None and self._frozen and self._twin_period == self._period:
             return self._twin
-        places, values = _places(self._module), _values(self._module)
-        if self._twin is None or self._twin_key[0] != places:
+        key = (_places(self._module), _hash(self._module))
+        if self._twin is None or self._twin_key[0] != key[0]:
             self._twin = _share(self._module)
             for linear in _linears(self._twin):
                 linear.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
                 linear.bias = nn.Parameter(linear.bias.detach().bfloat16(), requires_grad=False)
-        elif self._twin_key[1] != values:
-            for own, given in zip(_linears(self._twin), _linears(self._module), strict=True):
-                own.weight.copy_(given.weight)  # in place: the graphs read them there
-                own.bias.copy_(given.bias)
-        self._twin_key = (places, values)
-        self._seen.add("bf16")
+        elif key[1] is None or self._twin_key[1] != key[1]:
+            pairs = list(zip(_linears(self._twin), _linears(self._module), strict=True))
+            rounded = [t for own, _ in pairs for t in (own.weight, own.bias)]
+            torch._foreach_copy_(rounded, [t for _, given in pairs for t in (given.weight, given.bias)])
+        self._twin_key, self._twin_period = key, self._period
         return self._twin
+
+
+@dataclass
+class _Recorded:
+    graph: CudaGraph
+    places: tuple  # of the weights that it reads
+    period: int = 0  # when they were last compared, if that was inside `frozen`
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:
@@ -211,14 +235,10 @@ def _places(module: nn.Module) -> tuple:
     return tuple((t.data_ptr(), t.shape, t.dtype) for t in _tensors(module))
 
 
-def _values(module: nn.Module) -> object:
-    """Equal to an earlier result of this function if the weights are what they were then."""
+def _hash(module: nn.Module) -> int | None:
+    """Of the weights on a CPU; None elsewhere: it would take as long as rounding them again."""
     tensors = _tensors(module)
-    if all(t.device.type == "cpu" for t in tensors):
-        return weights_key(tensors)
-    if any(t.is_inference() for t in tensors):  # these count no versions
-        return object()
-    return tuple(t._version for t in tensors)
+    return weights_key(tensors) if all(t.device.type == "cpu" for t in tensors) else None
 
 
 def _share(module: nn.Module) -> nn.Module:

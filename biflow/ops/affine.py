@@ -54,8 +54,8 @@ def affine_encode(
 
     Returns:
         z: (B, T, D), dtype of x, contiguous.
-        logdet: (B,), -sum of log sigma over tokens and channels, in nats; float32 (float64 for float64 x). The same
-            bits for any number of threads. Empty sums (T = 0 or D = 0) are 0.
+        logdet: (B,), -sum of log sigma over tokens and channels, in nats; float32 (float64 for float64 x). A sample has
+            the same bits for any number of threads, on CUDA in any batch. Empty sums (T = 0 or D = 0) are 0.
 
     Gradients: first order, of z and logdet, to x and params; the last token's params in block order get 0 if causal.
     A second derivative raises RuntimeError. The transforms of torch.func (grad, vmap, jvp) do not see this gradient:
@@ -63,7 +63,7 @@ def affine_encode(
 
     Raises:
         TypeError: a tensor of a dtype not listed, a flag that is no bool. ValueError: a shape or option that does not
-            fit, tensors of two devices or of one without a kernel.
+            fit, tensors of two devices or of one without a kernel, more than 2^30 channels on CUDA.
     """
     options = _check("x", x, params, layout, scale, clip, clip_on, causal, flip, mask)
     return torch.ops.biflow.affine_encode(x, params, *options, mask)

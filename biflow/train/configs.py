@@ -89,6 +89,16 @@ class RunConfig:
             have = " or ".join(map(repr, DEVICES))
             raise ValueError(f"device: expected {have}, for which this build has kernels, got {self.device!r}")
 
+    def torch_device(self) -> torch.device:
+        """`device`; ValueError where this machine has none. Not asked before: configurations travel in checkpoints."""
+        device = torch.device(self.device)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ValueError(
+                f"device: expected one of this machine, got {self.device!r}: torch sees {count} CUDA devices"
+            )
+        return device
+
 
 @dataclass(frozen=True)
 class AlignmentConfig:

@@ -139,7 +139,7 @@ def train_inverse(
     Raises:
         ValueError: also if `flow` does not fit config.model, or if a run is resumed with another flow.
     """
-    own = config.model
+    own, device = config.model, config.run.torch_device()
     if not isinstance(flow, TarFlow):
         raise TypeError(f"flow: expected a TarFlow, got {type(flow).__name__}")
     for name in ("img_size", "in_channels", "patch_size", "num_blocks"):
@@ -153,7 +153,7 @@ def train_inverse(
     check_data(data, own.img_size, own.in_channels, own.num_classes)
     if flow.config.noise_std == 0 and data.bin_width is None:
         raise ValueError("flow: expected noise_std more than 0 for data stored as floats, which has no bins; got 0")
-    frozen = copy.deepcopy(flow).to(config.run.device).eval()
+    frozen = copy.deepcopy(flow).to(device).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = BiFlow(own)

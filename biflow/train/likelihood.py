@@ -81,6 +81,7 @@ def train_flow(config: FlowTraining, out: str | Path, *, resume: bool = False, p
         configuration. FloatingPointError: the loss is not finite; names the step. KeyboardInterrupt, SystemExit:
         SIGINT, SIGTERM; the step was finished and a checkpoint written.
     """
+    config.run.torch_device()
     data = datasets.load(config.data)
     check_data(data, config.model.img_size, config.model.in_channels, config.model.num_classes)
     if config.model.noise_std == 0 and data.bin_width is None:

@@ -43,7 +43,7 @@ class Trainer:
         self, model: nn.Module, objective: Objective, data: ImageData, config: FlowTraining | InverseTraining, out: Path
     ):
         self.config, self.objective, self.data, self.out = config, objective, data, out
-        self.device = torch.device(config.run.device)
+        self.device = config.run.torch_device()
         self.mapping = {"stage": objective.stage, **checkpoint.to_mapping(config)}
         self.model = model.to(self.device).train()
         self.average = Average(self.model, config.optim.ema)

@@ -140,6 +140,22 @@ BIFLOW_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// --- global memory ----------------------------------------------------------------------------------------------
+
+// *p = v as one instruction. A plain store may become several: where branches meet, the compiler forgets the alignment.
+template <class Word>
+BIFLOW_DEVICE void store_global(Word* p, Word v) {
+  const size_t to = __cvta_generic_to_global(p);
+  if constexpr (sizeof(Word) == 16)
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  else if constexpr (sizeof(Word) == 8)
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+  else if constexpr (sizeof(Word) == 4)
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+  else
+    *p = v;
+}
+
 // --- between blocks ---------------------------------------------------------------------------------------------
 // To publish: write, release_fence, then a relaxed atomic on a flag. To receive: load_relaxed until the flag shows it
 // (spin() in the loop), acquire_fence, then read. The fences are fence.acq_rel.gpu: __threadfence() is the stronger and

@@ -60,6 +60,13 @@ void cp_async_wait() {
   emulator::copy_wait(kPending);
 }
 
+// --- global memory ----------------------------------------------------------------------------------------------
+
+template <class Word>
+void store_global(Word* p, Word v) {
+  *p = v;
+}
+
 // --- between blocks ---------------------------------------------------------------------------------------------
 
 inline void release_fence() { emulator::release_fence(); }

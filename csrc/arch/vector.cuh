@@ -78,10 +78,10 @@ struct Vector {
     for (int i = 0; i < kBytes / kAccess; ++i) reinterpret_cast<word*>(p)[i] = piece(i);
   }
 
-  // To global memory. Beside a branch that stores the elements one by one, the compiler makes a plain store the same.
+  // To global memory, in accesses that stay whole.
   BIFLOW_DEVICE void store_global(T* p) const {
 #pragma unroll
-    for (int i = 0; i < kBytes / kAccess; ++i) __stcg(reinterpret_cast<word*>(p) + i, piece(i));
+    for (int i = 0; i < kBytes / kAccess; ++i) arch::store_global(reinterpret_cast<word*>(p) + i, piece(i));
   }
 
  private:

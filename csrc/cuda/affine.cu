@@ -8,8 +8,11 @@
 namespace biflow::cuda {
 namespace {
 
-constexpr int64_t kChunk = 8192;      // elements of a chunk, about: 4 to 8 trips of a block
-constexpr int64_t kMaxD = 1ll << 30;  // offsets within a chunk and a row fit 32 bits
+// Elements of a chunk, about. At most, two to four trips of a block; large enough for a flow of 256 tokens of 16
+// channels to be one launch, small enough for many waves of blocks above 100 MB, whose last one leaves SMs without
+// work.
+constexpr int64_t kChunk = 4096;
+constexpr int64_t kMaxD = int64_t{1} << 30;  // offsets within a chunk and a row fit 32 bits
 
 int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 

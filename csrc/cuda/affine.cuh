@@ -6,9 +6,9 @@
 // on T, D and the dtypes alone, and so does the order of each sum: a sample's log-determinant has the same bits in any
 // batch, at any address, on any device.
 //
-// Bytes in flight. Before it uses any, a thread loads 16 / sizeof(S) or V elements of x, a and b, whichever are more:
-// 48 bytes in fp32, in bf16 48 (V = 8) or 24. The memory of an H200 wants about 4.8 TB/s x 0.8 us / 132 SMs = 29 KB of
-// an SM; with the blocks of kBlocks it has 61 and 49 or 31, a backward 65 and 49 or 33.
+// Bytes in flight. Before it uses any, a thread loads V or four elements (fp64: two) of x, a and b, a backward of the
+// gradient too. With kBlocks blocks on an SM that is 49 to 65 KB in fp32 and in bf16 with V = 8, 25 to 33 KB in bf16
+// with narrower vectors; the memory of an H200 wants about 4.8 TB/s x 0.8 us / 132 SMs = 29 KB (estimates).
 //
 // Types of memory and V are template arguments; everything else is a branch that a whole launch takes alike.
 #pragma once
@@ -25,12 +25,10 @@ namespace biflow::cuda {
 constexpr int kAffineThreads = 256;  // of a block
 constexpr int kAffineTrip = 16;      // bytes of arithmetic that a thread handles at least between loading and storing
 
-// Blocks of an SM to ask for: 48 registers a thread (5) or 64 (4) where nothing spills then; where the compiler is not
-// asked (0), it takes at most 80, which are 3.
+// Blocks of an SM that the compiler is to leave registers for: the most for which nothing spills. 5 blocks: 48
+// registers a thread, 4: 64, 3: 80, 2: 128.
 template <class S, int V, bool kBackward>
-constexpr int kBlocks = sizeof(S) == 8 || (kBackward && V == 8) ? 0
-                        : !kBackward && (V == 2 || V == 4)      ? 5
-                                                                : 4;
+constexpr int kBlocks = sizeof(S) == 8 ? 2 : (kBackward ? 3 : 4) + (V == 2 || V == 4);
 
 struct AffinePlan {
   bool encode;
@@ -86,44 +84,45 @@ struct AffineUnit {
   }
 };
 
-// --- elements in memory, by size: bf16 and half share kernels, which ask once per trip what the words hold ---------
+// --- elements in memory, by size: bf16 and half share kernels, which ask what the words hold ----------------------
 
 using Word16 = uint16_t;
 
-template <class T, int n>
-BIFLOW_DEVICE void widen(const T (&from)[n], T (&to)[n], DType) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) to[i] = from[i];
+template <class T, class S, class Word>
+BIFLOW_DEVICE S widen_word(Word word) {
+  T v;
+  memcpy(static_cast<void*>(&v), &word, sizeof(v));
+  return arch::to_float(v);
 }
-template <class T, int n>
-BIFLOW_DEVICE void narrow(const T (&from)[n], T (&to)[n], DType dtype) {
-  widen(from, to, dtype);
+template <class T, class Word, class S>
+BIFLOW_DEVICE Word narrow_word(S value) {
+  const T v = arch::from_float<T>(value);
+  Word word;
+  memcpy(&word, &v, sizeof(v));
+  return word;
 }
 
-template <class T, int n>
-BIFLOW_DEVICE void widen_words(const Word16 (&from)[n], float (&to)[n]) {
+// to = from[at ..], to[at ..] = from
+template <class Word, class S, int n, int k>
+BIFLOW_DEVICE void widen(const Word (&from)[n], int at, DType dtype, S (&to)[k]) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    T v;
-    memcpy(static_cast<void*>(&v), &from[i], sizeof(v));
-    to[i] = arch::to_float(v);
+  for (int i = 0; i < k; ++i) {
+    if constexpr (std::is_same_v<Word, S>)
+      to[i] = from[at + i];
+    else
+      to[i] = dtype == DType::bf16 ? widen_word<arch::bf16, S>(from[at + i]) : widen_word<arch::half, S>(from[at + i]);
   }
 }
-template <class T, int n>
-BIFLOW_DEVICE void narrow_words(const float (&from)[n], Word16 (&to)[n]) {
+template <class Word, class S, int n, int k>
+BIFLOW_DEVICE void narrow(const S (&from)[k], DType dtype, Word (&to)[n], int at) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    const T v = arch::from_float<T>(from[i]);
-    memcpy(&to[i], &v, sizeof(v));
+  for (int i = 0; i < k; ++i) {
+    if constexpr (std::is_same_v<Word, S>)
+      to[at + i] = from[i];
+    else
+      to[at + i] =
+          dtype == DType::bf16 ? narrow_word<arch::bf16, Word>(from[i]) : narrow_word<arch::half, Word>(from[i]);
   }
-}
-template <int n>
-BIFLOW_DEVICE void widen(const Word16 (&from)[n], float (&to)[n], DType dtype) {
-  dtype == DType::bf16 ? widen_words<arch::bf16>(from, to) : widen_words<arch::half>(from, to);
-}
-template <int n>
-BIFLOW_DEVICE void narrow(const float (&from)[n], Word16 (&to)[n], DType dtype) {
-  dtype == DType::bf16 ? narrow_words<arch::bf16>(from, to) : narrow_words<arch::half>(from, to);
 }
 
 // A vector as one access, or as its elements where addresses are not aligned to it.
@@ -153,14 +152,16 @@ BIFLOW_DEVICE void store_vector(const T (&from)[V], T* to) {
 
 // --- a trip ---------------------------------------------------------------------------------------------------------
 
-// What a thread handles between loading and storing: n elements in kVectors vectors.
-template <class Data, class Net, class S, int V>
+// What a thread handles between loading and storing, as in memory: n elements in kVectors vectors. The arithmetic takes
+// a few at a time, to hold few as numbers of twice the width.
+template <class Data, class Net, int V>
 struct AffineTrip {
-  static constexpr int kLeast = kAffineTrip / sizeof(S), n = V > kLeast ? V : kLeast;
+  static constexpr int kGroup = kAffineTrip / (sizeof(Data) == 8 ? 8 : 4), n = V > kGroup ? V : kGroup;
   static constexpr int kVectors = n / V;
 
-  S a[n], b[n], v[n], g[n];  // raw params, input, the output's gradient; then what is stored in their places
-  bool on[kVectors];         // the vector exists and the mask transforms it
+  Data v[n], g[n];    // input, the output's gradient; then what is stored in their places
+  Net a[n], b[n];     // raw params; then their gradients
+  bool on[kVectors];  // the vector exists and the mask transforms it
 
   struct Place {
     bool exists, has_params;
@@ -206,20 +207,15 @@ struct AffineTrip {
         load_vector<kAligned>(high[k], params + at[k].params + plan.piece[1]);
       }
     }
-    Data raw_v[n], raw_g[n];
-    Net raw_a[n], raw_b[n];
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const int k = i / V, l = i % V, even = 2 * l, odd = even + 1;
-      raw_v[i] = x[k][l];
-      raw_g[i] = y[k][l];
-      raw_a[i] = !plan.pairs ? low[k][l] : even < V ? low[k][even % V] : high[k][even % V];
-      raw_b[i] = !plan.pairs ? high[k][l] : odd < V ? low[k][odd % V] : high[k][odd % V];
+      const int k = i / V, l = i % V;
+      const auto paired = [&](int e) { return e < V ? low[k][e] : high[k][e - V]; };  // a0 b0 a1 b1 ..
+      v[i] = x[k][l];
+      g[i] = y[k][l];
+      a[i] = plan.pairs ? paired(2 * l) : low[k][l];
+      b[i] = plan.pairs ? paired(2 * l + 1) : high[k][l];
     }
-    widen(raw_v, v, p.data);
-    if constexpr (kBackward) widen(raw_g, g, p.data);
-    widen(raw_a, a, p.net);
-    widen(raw_b, b, p.net);
   }
 
   template <bool kBackward, bool kAligned>
@@ -227,13 +223,6 @@ struct AffineTrip {
                            uint32_t first) const {
     Data* output = static_cast<Data*>(kBackward ? p.grad_input : p.output);
     Net* params = static_cast<Net*>(p.grad_params);
-    Data raw_v[n];
-    Net raw_a[n], raw_b[n];
-    narrow(kBackward ? g : v, raw_v, p.data);
-    if constexpr (kBackward) {
-      narrow(a, raw_a, p.net);
-      narrow(b, raw_b, p.net);
-    }
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const Place at = locate(plan, unit, first, k);
@@ -241,14 +230,14 @@ struct AffineTrip {
       Data x[V];
       Net low[V], high[V];
       const bool has_gradient = on[k] && at.has_params;
+      const auto paired = [&](int e) { return e % 2 ? b[k * V + e / 2] : a[k * V + e / 2]; };  // a0 b0 a1 b1 ..
 #pragma unroll
       for (int l = 0; l < V; ++l) {
-        const int i = k * V, second = V + l;  // pairs: elements l and V + l of a0 b0 a1 b1 ..
-        x[l] = raw_v[i + l];
+        const int i = k * V + l;
+        x[l] = kBackward ? g[i] : v[i];
         if constexpr (kBackward) {
-          const int from = i + l / 2, second_from = i + second / 2;  // named: g++ -fsanitize loses them inside [ ]
-          low[l] = !has_gradient ? Net(0) : !plan.pairs ? raw_a[i + l] : (l % 2 ? raw_b : raw_a)[from];
-          high[l] = !has_gradient ? Net(0) : !plan.pairs ? raw_b[i + l] : (second % 2 ? raw_b : raw_a)[second_from];
+          low[l] = !has_gradient ? Net(0) : plan.pairs ? paired(l) : a[i];
+          high[l] = !has_gradient ? Net(0) : plan.pairs ? paired(V + l) : b[i];
         }
       }
       store_vector<kAligned>(x, output + at.data);
@@ -259,23 +248,24 @@ struct AffineTrip {
     }
   }
 
-  // Loads, calls f with the scale map as an integral_constant, stores.
+  // Loads, calls f(first element) for each group, stores.
   template <bool kBackward, class F>
   BIFLOW_DEVICE void run(const AffineParams& p, const AffinePlan& plan, const AffineUnit& unit, uint32_t first, F&& f) {
-    if (plan.aligned)
+    if (V == 1 || plan.aligned)
       load<kBackward, true>(p, plan, unit, first);
     else
       load<kBackward, false>(p, plan, unit, first);
-    if (p.options.scale == ScaleMap::exp)
-      f(std::integral_constant<ScaleMap, ScaleMap::exp>());
-    else if (p.options.scale == ScaleMap::softplus)
-      f(std::integral_constant<ScaleMap, ScaleMap::softplus>());
-    else
-      f(std::integral_constant<ScaleMap, ScaleMap::sigmoid>());
-    if (plan.aligned)
+#pragma unroll
+    for (int i = 0; i < n; i += kGroup) f(i);
+    if (V == 1 || plan.aligned)
       store<kBackward, true>(p, plan, unit, first);
     else
       store<kBackward, false>(p, plan, unit, first);
+  }
+
+  BIFLOW_DEVICE void on_of_group(int first, bool (&to)[kGroup]) const {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) to[i] = on[(first + i) / V];
   }
 };
 
@@ -284,17 +274,24 @@ struct AffineTrip {
 template <class Data, class Net, class S, int V>
 __global__ void __launch_bounds__(kAffineThreads, kBlocks<S, V, false>)
     affine_forward(AffineParams p, AffinePlan plan) {
-  using Trip = AffineTrip<Data, Net, S, V>;
+  using Trip = AffineTrip<Data, Net, V>;
   const AffineUnit unit = AffineUnit::of_thread<V>(p, plan);
   const Clipping<S> clip_a(p.options, true), clip_b(p.options, p.options.clip_on == ClipOn::both);
   double sum = 0;
   const uint32_t step = static_cast<uint32_t>(Trip::kVectors) << plan.log_lanes;
   for (uint32_t first = 0; first < unit.count; first += step) {
     Trip t;
-    t.template run<false>(p, plan, unit, first, [&](auto map) {
-      clip_a.apply(t.a);
-      clip_b.apply(t.b);
-      sum += forward<map.value, V>(plan.encode, t.a, t.b, t.v, t.on);
+    t.template run<false>(p, plan, unit, first, [&](int i) {
+      S a[Trip::kGroup], b[Trip::kGroup], v[Trip::kGroup];
+      bool on[Trip::kGroup];
+      t.on_of_group(i, on);
+      widen(t.a, i, p.net, a);
+      widen(t.b, i, p.net, b);
+      widen(t.v, i, p.data, v);
+      clip_a.apply(a);
+      clip_b.apply(b);
+      with_scale_map(p.options.scale, [&](auto map) { sum += forward<map.value>(plan.encode, a, b, v, on); });
+      narrow(v, p.data, t.v, i);
     });
   }
   if (!p.logdet) return;
@@ -319,20 +316,32 @@ __global__ void __launch_bounds__(kAffineThreads, kBlocks<S, V, false>)
 template <class Data, class Net, class S, int V>
 __global__ void __launch_bounds__(kAffineThreads, kBlocks<S, V, true>)
     affine_backward(AffineParams p, AffinePlan plan) {
-  using Trip = AffineTrip<Data, Net, S, V>;
+  using Trip = AffineTrip<Data, Net, V>;
   const AffineUnit unit = AffineUnit::of_thread<V>(p, plan);
   const Clipping<S> clip_a(p.options, true), clip_b(p.options, p.options.clip_on == ClipOn::both);
   const S grad_logdet = p.grad_logdet && unit.count ? static_cast<const S*>(p.grad_logdet)[unit.sample] : S(0);
   const uint32_t step = static_cast<uint32_t>(Trip::kVectors) << plan.log_lanes;
   for (uint32_t first = 0; first < unit.count; first += step) {
     Trip t;
-    t.template run<true>(p, plan, unit, first, [&](auto map) {
-      clip_a.prepare(t.a);
-      clip_b.prepare(t.b);
-      if (clip_a.any())
-        backward<map.value, true, V>(plan.encode, clip_a, clip_b, t.a, t.b, t.v, t.g, grad_logdet, t.on);
-      else
-        backward<map.value, false, V>(plan.encode, clip_a, clip_b, t.a, t.b, t.v, t.g, grad_logdet, t.on);
+    t.template run<true>(p, plan, unit, first, [&](int i) {
+      S a[Trip::kGroup], b[Trip::kGroup], v[Trip::kGroup], g[Trip::kGroup];
+      bool on[Trip::kGroup];
+      t.on_of_group(i, on);
+      widen(t.a, i, p.net, a);
+      widen(t.b, i, p.net, b);
+      widen(t.v, i, p.data, v);
+      widen(t.g, i, p.data, g);
+      clip_a.prepare(a);
+      clip_b.prepare(b);
+      with_scale_map(p.options.scale, [&](auto map) {
+        if (clip_a.any())
+          backward<map.value, true>(plan.encode, clip_a, clip_b, a, b, v, g, grad_logdet, on);
+        else
+          backward<map.value, false>(plan.encode, clip_a, clip_b, a, b, v, g, grad_logdet, on);
+      });
+      narrow(a, p.net, t.a, i);
+      narrow(b, p.net, t.b, i);
+      narrow(g, p.data, t.g, i);
     });
   }
 }

@@ -114,26 +114,26 @@ BIFLOW_DEVICE Scale<S> scale_map(S a, bool encode) {
   }
 }
 
-// z = (x - b) / sigma or x = z sigma + b, in place of v, for the vectors that are `on`; a and b clipped. Returns the
-// sum of their -log sigma in the elements' order.
-template <ScaleMap kMap, int V, class S, int n>
-BIFLOW_DEVICE S forward(bool encode, const S (&a)[n], const S (&b)[n], S (&v)[n], const bool (&on)[n / V]) {
+// z = (x - b) / sigma or x = z sigma + b, in place of v, where `on`; a and b clipped. Returns the sum of -log sigma
+// there, in the elements' order.
+template <ScaleMap kMap, class S, int n>
+BIFLOW_DEVICE S forward(bool encode, const S (&a)[n], const S (&b)[n], S (&v)[n], const bool (&on)[n]) {
   S sum = 0;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const Scale<S> s = scale_map<kMap>(a[i], encode);
     const S encoded = (v[i] - b[i]) * s.factor, decoded = v[i] * s.factor + b[i];
-    v[i] = !on[i / V] ? v[i] : encode ? encoded : decoded;
-    sum -= on[i / V] ? s.log : S(0);
+    v[i] = !on[i] ? v[i] : encode ? encoded : decoded;
+    sum -= on[i] ? s.log : S(0);
   }
   return sum;
 }
 
 // The gradients of the raw a and b, and in the place of g that of the input v; g that of the output, a and b prepared
 // if clipped.
-template <ScaleMap kMap, bool kClipped, int V, class S, int n>
+template <ScaleMap kMap, bool kClipped, class S, int n>
 BIFLOW_DEVICE void backward(bool encode, const Clipping<S>& clip_a, const Clipping<S>& clip_b, S (&a)[n], S (&b)[n],
-                            const S (&v)[n], S (&g)[n], S grad_logdet, const bool (&on)[n / V]) {
+                            const S (&v)[n], S (&g)[n], S grad_logdet, const bool (&on)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const Scale<S> s = scale_map<kMap>(kClipped ? clip_a.value(a[i]) : a[i], encode);
@@ -142,8 +142,19 @@ BIFLOW_DEVICE void backward(bool encode, const Clipping<S>& clip_a, const Clippi
     const S to_a = (encode ? -moved : moved) - grad_logdet, to_b = encode ? -to_input : g[i];
     a[i] = to_a * s.gradient * (kClipped ? clip_a.slope(a[i]) : S(1));
     b[i] = to_b * (kClipped ? clip_b.slope(b[i]) : S(1));
-    g[i] = on[i / V] ? to_input : g[i];
+    g[i] = on[i] ? to_input : g[i];
   }
+}
+
+// Calls f with the scale map as an integral_constant.
+template <class F>
+BIFLOW_DEVICE void with_scale_map(ScaleMap map, F&& f) {
+  if (map == ScaleMap::exp)
+    f(std::integral_constant<ScaleMap, ScaleMap::exp>());
+  else if (map == ScaleMap::softplus)
+    f(std::integral_constant<ScaleMap, ScaleMap::softplus>());
+  else
+    f(std::integral_constant<ScaleMap, ScaleMap::sigmoid>());
 }
 
 }  // namespace biflow::cuda

@@ -82,7 +82,7 @@ __global__ void vector_kernel(const T* in, T* out) {
   const auto v = arch::Vector<T, n>::load(in + i);
   arch::Vector<T, n> w;
   for (int k = 0; k < n; ++k) w.v[k] = v.v[n - 1 - k];
-  w.store(out + i);
+  threadIdx.x % 2 ? w.store(out + i) : w.store_global(out + i);
 }
 
 template <class T, int n>
@@ -107,7 +107,8 @@ void test_loads() {
   expect("Vector of float", vectors_agree<float, 1>() && vectors_agree<float, 2>() && vectors_agree<float, 8>());
   expect("Vector of bf16",
          vectors_agree<arch::bf16, 1>() && vectors_agree<arch::bf16, 4>() && vectors_agree<arch::bf16, 16>());
-  expect("Vector of half", vectors_agree<arch::half, 2>() && vectors_agree<arch::half, 8>());
+  expect("Vector of half",
+         vectors_agree<arch::half, 1>() && vectors_agree<arch::half, 2>() && vectors_agree<arch::half, 8>());
 }
 
 // --- asynchronous copies --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from biflow import ops, reference
 
 from .backends import get
 
-# Vectors are of 1 to 8 elements, the lanes of a sample 1 to 256 threads, chunks of a sample 8192 elements.
+# Vectors are of 1 to 8 elements, the lanes of a sample 1 to 256 threads, chunks of a sample 4096 elements.
 SHAPES = [
     (1, 1, 1),
     (700, 1, 2),  # a lane for each sample, three blocks
@@ -24,9 +24,9 @@ SHAPES = [
     (2, 49, 16),
     (2, 100, 19),  # odd rows, two trips of a block
     (1, 3, 1100),  # rows longer than a block, four trips
-    (2, 1500, 7),  # two chunks, which split a row of odd length
-    (2, 3, 6000),  # three chunks, which split long rows
-    (2, 260, 64),  # three chunks of whole rows
+    (2, 1500, 7),  # three chunks, which split rows of odd length
+    (2, 3, 6000),  # five chunks, which split long rows
+    (2, 260, 64),  # five chunks of whole rows
 ]
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = [(torch.float64, torch.float64), *itertools.product(LOW, LOW)]

@@ -203,8 +203,8 @@ def test_layer_on_a_gpu_is_that_on_a_cpu(kind, gate, precision):
 
 
 @on_gpu
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_graph_on_a_gpu(backend):
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_graph_on_a_gpu(compiler):
     x, w = torch.randn(4, 6, 96, device="cuda", dtype=BF16), torch.randn(96, device="cuda")
     h, m = torch.randn(4, 6, 96, device="cuda"), torch.randn(4, 6, 96, device="cuda")
 
@@ -214,7 +214,7 @@ def test_compiled_graph_on_a_gpu(backend):
         return (ops.gate(y, "swiglu") ** 2).sum() + z.square().sum()
 
     results = []
-    for f in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
+    for f in (loss, torch.compile(loss, fullgraph=True, backend=compiler)):
         leaves = [t.clone().requires_grad_() for t in (x, h, w)]
         value = f(*leaves)
         results.append((value, *torch.autograd.grad(value, leaves)))

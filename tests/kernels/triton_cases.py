@@ -28,7 +28,7 @@ SHAPES = {
     "C = 768": (9, 768),
     "power of two": (3, 1024),
     "wide": (2, 3000),
-    "more tiles than programs": (520, 520),
+    "more tiles than programs": (2081, 200),
 }
 # name: dtypes of x, the residual, the weights, and of y where it is not x's
 DTYPES = {
@@ -134,6 +134,13 @@ def only_one_output_is_used(device: str):
             torch.testing.assert_close(a, b)
 
 
+def the_norm_is_that_of_the_rounded_sum(device: str):
+    x, r, w = (draw(device, *s, dtype=F16, seed=i) for i, s in enumerate(((6, 40), (6, 40), (40,))))
+    y, h = torch.ops.biflow.add_norm(x, r, w, None, "layernorm", 1e-5, None)
+    assert torch.equal(h, x + r)
+    assert torch.equal(y, torch.ops.biflow.norm(h, w, None, "layernorm", 1e-5, None))
+
+
 def same_bits_again(device: str):
     x, w, b = (draw(device, *s, dtype=F32, seed=i) for i, s in enumerate(((60, 96), (96,), (96,))))
     runs = [
@@ -227,7 +234,15 @@ def cases() -> dict[str, Callable[[str], None]]:
         for shape in ((1, 2), (37, 10), (3, 5, 266), (2, 4100)):
             for name, dtype in GATE_DTYPES.items():
                 found[f"gate, {kind}, {shape}, {name}"] = partial(gate, shape=shape, dtype=dtype, kind=kind)
-    for case in (only_one_output_is_used, same_bits_again, empty, second_derivative_is_refused, opcheck, bad_input):
+    for case in (
+        only_one_output_is_used,
+        the_norm_is_that_of_the_rounded_sum,
+        same_bits_again,
+        empty,
+        second_derivative_is_refused,
+        opcheck,
+        bad_input,
+    ):
         found[case.__name__.replace("_", " ")] = case
     return found
 
