@@ -38,11 +38,16 @@ biflow::HeadsView view(const Launch& launch, const Tensor& t) {
   return {launch.reads(t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// A contiguous, aligned tensor of floats, or none.
-MaybeTensor floats(const char* what, const MaybeTensor& t, int64_t size) {
+void check_device(const char* what, const Tensor& t, const Tensor& q) {
+  STD_TORCH_CHECK(t.device() == q.device(), "attention_forward: ", what, " must be on the device of q");
+}
+
+// A contiguous, aligned tensor of floats on q's device, or none.
+MaybeTensor floats(const char* what, const MaybeTensor& t, int64_t size, const Tensor& q) {
   if (!t.has_value()) return {};
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == size, "attention_forward: ", what,
                   " must be float32 with ", size, " elements");
+  check_device(what, *t, q);
   const Tensor c = torch::stable::contiguous(*t);
   return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : torch::stable::clone(c);
 }
@@ -61,7 +66,7 @@ Tensor attention_forward(Tensor q_in, Tensor k_in, Tensor v_in, bool causal, dou
   const int64_t B = q_in.size(0), H = q_in.size(1), Tq = q_in.size(2), Tk = k_in.size(2), d = q_in.size(3);
   for (const Tensor* t : {&k_in, &v_in})
     STD_TORCH_CHECK(t->scalar_type() == type && t->size(0) == B && t->size(1) == H && t->size(2) == Tk &&
-                        t->size(3) == d && t->get_device_index() == q_in.get_device_index(),
+                        t->size(3) == d && t->device() == q_in.device(),
                     "attention_forward: k and v must be (B, H, Tk, d) of q's dtype and device");
   STD_TORCH_CHECK(d == 32 || d == 64 || d == 128, "attention_forward: d must be 32, 64 or 128, got ", d);
   STD_TORCH_CHECK(Tq < kMaxTokens && Tk < kMaxTokens, "attention_forward: expected fewer than 2^30 tokens");
@@ -70,18 +75,20 @@ Tensor attention_forward(Tensor q_in, Tensor k_in, Tensor v_in, bool causal, dou
   STD_TORCH_CHECK(
       cos_in.has_value() == sin_in.has_value() && (!cos_in.has_value() || (Tq == Tk && 0 <= prefix && prefix <= Tq)),
       "attention_forward: cos goes with sin, for as many queries as keys");
-  if (mask_in.has_value())
+  if (mask_in.has_value()) {
     STD_TORCH_CHECK(mask_in->scalar_type() == ScalarType::Bool && mask_in->dim() == 2 && mask_in->size(0) == B &&
                         mask_in->size(1) == Tk,
                     "attention_forward: mask must be bool (B, Tk)");
+    check_device("mask", *mask_in, q_in);
+  }
 
   Tensor out = torch::stable::new_empty(q_in, {B, Tq, H, d});
   if (out.numel() == 0) return out;
   const Launch launch(q_in);
   const Tensor q = made_readable(q_in), k = made_readable(k_in), v = made_readable(v_in);
-  const MaybeTensor q_norm = floats("q_norm", q_norm_in, d), k_norm = floats("k_norm", k_norm_in, d);
-  const MaybeTensor cos = floats("cos", cos_in, (Tq - prefix) * (d / 2));
-  const MaybeTensor sin = floats("sin", sin_in, (Tq - prefix) * (d / 2));
+  const MaybeTensor q_norm = floats("q_norm", q_norm_in, d, q), k_norm = floats("k_norm", k_norm_in, d, q);
+  const MaybeTensor cos = floats("cos", cos_in, (Tq - prefix) * (d / 2), q);
+  const MaybeTensor sin = floats("sin", sin_in, (Tq - prefix) * (d / 2), q);
   MaybeTensor mask;
   if (mask_in.has_value()) mask = torch::stable::contiguous(*mask_in);
 

@@ -88,6 +88,41 @@ def test_sample_options_reach_an_exact_flow(runs, tmp_path):
     np.testing.assert_allclose(draw("jacobi", "--solver", "jacobi"), plain, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sample_on_a_gpu(runs, tmp_path, capsys):
+    """The noise of a seed is the same as on the CPU."""
+    images = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"{device}.npz"
+        assert cli.main(["sample", f"{runs}/inverse", "--n", "4", "--device", device, "--out", str(out)]) == 0
+        images.append(np.load(out)["images"])
+    np.testing.assert_allclose(*images, atol=1e-3)
+    capsys.readouterr()
+    assert cli.main(["sample", f"{runs}/flow", "--n", "4", "--device", "cuda", "--out", str(out)]) == 2
+    assert "decode with flow.cpu()" in capsys.readouterr().err
+
+
+def test_sampling_moves_model_and_labels_but_not_the_noise(runs, tmp_path, monkeypatch):
+    moved = []
+
+    def to(self, *arguments, **options):
+        moved.append(arguments)
+        return self
+
+    def spy(self, n, y, *, generator, **options):
+        moved.append((y.device,))
+        assert generator.device.type == "cpu"
+        return torch.zeros(n, 1, 8, 8)
+
+    monkeypatch.setattr(biflow.BiFlow, "to", to)
+    monkeypatch.setattr(biflow.BiFlow, "sample", spy)
+    monkeypatch.setattr("biflow.ops._checks.local_device", torch.device)
+    out = tmp_path / "s.npz"
+    assert cli.main(["sample", f"{runs}/inverse", "--device", "meta", "--out", str(out)]) == 0
+    assert moved == [(torch.device("meta"),)] * 2
+
+
 def test_sampled_npz_is_data(runs, tmp_path):
     out = tmp_path / "s.npz"
     assert cli.main(["sample", f"{runs}/flow", "--n", "40", "--out", str(out)]) == 0
@@ -234,6 +269,8 @@ BAD = {
     "solver of an inverse": ("sample {runs}/inverse --solver jacobi", "--solver: expected with an exact flow"),
     "precision of an inverse": ("sample {runs}/inverse --precision fp16", "precision: expected one of fp32, bf16, got"),
     "no-denoise of an inverse": ("sample {runs}/inverse --no-denoise", "--no-denoise: expected with an exact flow"),
+    "sample nowhere": ("sample {runs}/inverse --device cuda:99", "device: expected"),
+    "sample on no device": ("sample {runs}/inverse --device abacus", "device: expected 'cpu'"),
     "output of another kind": ("sample {runs}/flow --out s.gif", "expected a file ending in .png or .npz"),
     "output nowhere": ("sample {runs}/flow --out {new}/s.png", "--out: expected an existing folder"),
     "inverse alone": ("evaluate {runs}/inverse", "--flow: expected with a learned inverse"),

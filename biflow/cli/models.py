@@ -39,21 +39,27 @@ def sample(
         str | None, typer.Option("--solver", help="Exact flow: sequential, jacobi, windowed or auto.  [default: auto]")
     ] = None,
     precision: Annotated[str, typer.Option("--precision", help="Of the decode: fp32 or bf16.")] = "fp32",
+    device: Annotated[
+        str, typer.Option("--device", help="Where to decode: cpu, or cuda for a learned inverse.")
+    ] = "cpu",
 ) -> None:
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
     A .npz holds images (N,H,W,C) fp32 in [-1, 1] and labels (N,) int64: a file that --data and data.source read.
+    A seed draws the same noise for every device.
     """
     import torch
 
     from biflow.models import TarFlow
+    from biflow.ops._checks import local_device
 
     path = Path(out).expanduser()
     if path.suffix not in (".png", ".npz"):
         raise ValueError(f"--out: expected a file ending in .png or .npz, got {out!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
-    model = load_model(checkpoint)
+    where = local_device(device)
+    model = load_model(checkpoint).to(where)
     y = _labels(model, label, n)
     if guidance is None:
         limit = getattr(model.config, "max_guidance", 0.0) or 1.0
@@ -70,7 +76,9 @@ def sample(
     with model.frozen():
         images = torch.cat(
             [
-                model.sample(min(BATCH, n - start), None if y is None else y[start : start + BATCH], **options)
+                model.sample(
+                    min(BATCH, n - start), None if y is None else y[start : start + BATCH].to(where), **options
+                ).cpu()
                 for start in range(0, n, BATCH)
             ]
         )

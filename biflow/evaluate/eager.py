@@ -70,7 +70,7 @@ def eager_decode_block(
         prefix = torch.cat([prefix, block.null_context.expand(batch, prefix.shape[1], -1)])
     temperature = None
     if guided and guidance.attn_temp != 1.0:
-        temperature = torch.ones(2 * batch, 1, 1, 1)
+        temperature = z.new_ones(2 * batch, 1, 1, 1)
         temperature[batch:] = guidance.attn_temp
 
     caches: list[tuple[Tensor, Tensor] | None] = [None] * len(block.layers)

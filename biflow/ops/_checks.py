@@ -32,6 +32,28 @@ def no_kernels(kind: str) -> str:
     return f"this build has no kernels for {kind}"
 
 
+def parse_device(text: str) -> torch.device:
+    """A device of a kind that this build has kernels for; this machine need not have it."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in DEVICES:
+        have = " or ".join(map(repr, DEVICES))
+        why = f"; {no_kernels('cuda')}" if device is not None and device.type == "cuda" else ""
+        raise ValueError(f"device: expected {have}, for which this build has kernels, got {text!r}{why}")
+    return device
+
+
+def local_device(text: str) -> torch.device:
+    """The same, one that this machine has."""
+    device = parse_device(text)
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device: expected one of this machine, got {text!r}: torch sees {count} CUDA devices")
+    return device
+
+
 def check_device(name: str, t: Tensor, kinds: tuple[str, ...] = ("cpu",)) -> None:
     """t is on one of the device types `kinds` that its op has kernels for, and this build has them."""
     kind = t.device.type

@@ -1,7 +1,7 @@
 """Scaled dot-product attention over (B, H, T, d), and over a layer's packed projection (B, T, 3 H d).
 
-Without gradients, bf16 and fp16 on a GPU take the kernel of csrc/cuda/attention.cuh; everything else is torch's own
-attention.
+Without gradients, bf16 and fp16 on a GPU take the kernel of csrc/cuda/attention.cuh; everything else, and all of it in
+a build without CUDA kernels, is torch's own attention, which training uses anyway.
 """
 
 import torch

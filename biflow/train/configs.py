@@ -8,7 +8,7 @@ import torch
 from biflow.config import check_fields
 from biflow.data import DataConfig
 from biflow.models import BiFlowConfig, TarFlowConfig
-from biflow.ops._checks import DEVICES
+from biflow.ops._checks import local_device, parse_device
 
 NORMALIZATIONS = ("none", "token_rms", "mean_square")
 PRECISIONS = ("fp32", "bf16")
@@ -81,23 +81,11 @@ class RunConfig:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.threads is not None:
             _at_least(self, 1, "threads")
-        try:
-            kind = torch.device(self.device).type
-        except RuntimeError:
-            kind = None
-        if kind not in DEVICES:
-            have = " or ".join(map(repr, DEVICES))
-            raise ValueError(f"device: expected {have}, for which this build has kernels, got {self.device!r}")
+        parse_device(self.device)
 
     def torch_device(self) -> torch.device:
         """`device`; ValueError where this machine has none. Not asked before: configurations travel in checkpoints."""
-        device = torch.device(self.device)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise ValueError(
-                f"device: expected one of this machine, got {self.device!r}: torch sees {count} CUDA devices"
-            )
-        return device
+        return local_device(self.device)
 
 
 @dataclass(frozen=True)

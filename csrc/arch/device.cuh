@@ -19,32 +19,6 @@ namespace biflow::arch {
 
 // --- launches ---------------------------------------------------------------------------------------------------
 
-// kernel<<<grid, block, shared, stream>>>(arguments...). More than 48 KB of shared memory is asked for here.
-template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A&&... arguments) {
-  if (shared > 48 * 1024) {
-    const auto status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (status != cudaSuccess) return status;
-  }
-  kernel<<<grid, block, shared, stream>>>(static_cast<A&&>(arguments)...);
-  return cudaGetLastError();
-}
-
-// The same as a cooperative launch: all blocks are resident at once, or nothing runs and an error comes back.
-template <class... P>
-cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                               P... arguments) {
-  const auto function = reinterpret_cast<const void*>(kernel);
-  if (shared > 48 * 1024) {
-    const auto status =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (status != cudaSuccess) return status;
-  }
-  void* pointers[] = {static_cast<void*>(&arguments)...};
-  return cudaLaunchCooperativeKernel(function, grid, block, pointers, shared, stream);
-}
-
 // Multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
@@ -59,6 +33,44 @@ inline size_t shared_memory_limit() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return static_cast<size_t>(bytes);
+}
+
+// status, an error no longer the runtime's last one: the next launch must not find it there.
+inline cudaError_t taken(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
+// Lets launches of `kernel` on the current device have `shared` bytes. More than 48 KB must be asked for: the first
+// launch asks for all that there is, since threads would take the difference from each other.
+inline cudaError_t allow_shared_memory(const void* kernel, size_t shared) {
+  if (shared <= 48 * 1024) return cudaSuccess;
+  cudaFuncAttributes has;
+  if (const auto status = cudaFuncGetAttributes(&has, kernel); status != cudaSuccess) return taken(status);
+  const size_t most = shared_memory_limit() - has.sharedSizeBytes;
+  if (shared > most) return cudaErrorInvalidValue;
+  if (static_cast<size_t>(has.maxDynamicSharedSizeBytes) >= most) return cudaSuccess;
+  return taken(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)));
+}
+
+// kernel<<<grid, block, shared, stream>>>(arguments...).
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A&&... arguments) {
+  const auto status = allow_shared_memory(reinterpret_cast<const void*>(kernel), shared);
+  if (status != cudaSuccess) return status;
+  kernel<<<grid, block, shared, stream>>>(static_cast<A&&>(arguments)...);
+  return cudaGetLastError();
+}
+
+// The same as a cooperative launch: all blocks are resident at once, or nothing runs and an error comes back.
+template <class... P>
+cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                               P... arguments) {
+  const auto function = reinterpret_cast<const void*>(kernel);
+  const auto status = allow_shared_memory(function, shared);
+  if (status != cudaSuccess) return status;
+  void* pointers[] = {static_cast<void*>(&arguments)...};
+  return taken(cudaLaunchCooperativeKernel(function, grid, block, pointers, shared, stream));
 }
 
 // --- tensor cores -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ BIFLOW_DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
 BIFLOW_DEVICE float absolute(float x) { return fabsf(x); }
 BIFLOW_DEVICE double absolute(double x) { return fabs(x); }
 
-// 1 / x to 1 ulp, subnormals included; 0 above 2^126.
+// 1 / x to 2 ulp, subnormals included; 0 above 2^126.
 BIFLOW_DEVICE float reciprocal(float x) { return __fdividef(1.0f, x); }
 BIFLOW_DEVICE double reciprocal(double x) { return 1 / x; }
 

@@ -56,7 +56,8 @@ int attention_forward(const AttentionParams& p, const AttentionPlan& plan, void*
   const int64_t turns = query_tiles(p, plan.row_tiles, plan.warps);
   const bool resident = plan.stages >= ceil_div(p.Tk, kKeys);
   if (plan.stages < 1 || plan.blocks < 1 || plan.blocks > turns ||
-      (!resident && (plan.stages < kStages || plan.blocks < turns)) || p.B * p.H * plan.blocks >= int64_t{1} << 31)
+      (!resident && (plan.stages < kStages || plan.blocks < turns)) || p.B * p.H * plan.blocks >= int64_t{1} << 31 ||
+      plan.stages * tile_bytes(p) > arch::shared_memory_limit())
     return cudaErrorInvalidValue;
   return p.bf16 ? launch<arch::bf16>(p, plan, stream) : launch<arch::half>(p, plan, stream);
 }

@@ -9,7 +9,9 @@ import math
 import pytest
 import torch
 
-from biflow import reference
+from biflow import ops, reference
+
+from .backends import get
 
 attention_module = importlib.import_module("biflow.ops.attention")  # the package's name `attention` is the function
 
@@ -220,12 +222,14 @@ def test_strides(backend):
 
 
 @pytest.mark.parametrize(
-    "plan", [(3, 4, 1, 4), (2, 3, 1, 4), (1, 16, 1, 4), (1, 4, 0, 4), (1, 4, 5, 4), (1, 4, 2, 3), (1, 4, 4, 2)]
-)
+    "plan",
+    [(3, 4, 1, 4), (2, 3, 1, 4), (1, 16, 1, 4), (1, 4, 0, 4), (1, 4, 5, 4), (1, 4, 2, 3), (1, 4, 4, 2), (1, 4, 4, 15)],
+)  # the last one: 240 KB of shared memory
 def test_plans_that_do_not_suit(backend, plan):
     q, k, v, _ = make((1, 1, 200, 64), torch.bfloat16)
-    with pytest.raises(RuntimeError, match="attention_forward: CUDA error"):
+    with pytest.raises(RuntimeError, match="attention_forward: CUDA error 1: "):
         attend(backend, q, k, v, plan=plan)
+    assert attend(backend, q, k, v).isfinite().all()  # the next launch does not report the error again
 
 
 def test_what_the_public_functions_hand_over(backend, monkeypatch):
@@ -243,3 +247,57 @@ def test_what_the_public_functions_hand_over(backend, monkeypatch):
     assert torch.equal(got.cpu(), changed)
     assert not torch.equal(want, changed)
     assert torch.equal(alone.cpu(), attend(backend, q, k, v, causal=True, scale=0.3, mask=small))
+
+
+# --- torch's machinery around the kernel: on a GPU only ---------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_opcheck():
+    backend = get("cuda")
+    qkv, (cos, sin), q_norm, k_norm = make_qkv(2, 20, 2, 64, torch.bfloat16, 3)
+    q, k, v = backend.to(qkv).unflatten(2, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+    mask, q_norm, k_norm, cos, sin = (backend.to(t) for t in (torch.rand(2, 20) > 0.4, q_norm, k_norm, cos, sin))
+    op = torch.ops.biflow.attention_forward.default
+    torch.library.opcheck(op, (q, k, v, False, 0.125, None, None, None, 0.0, None, None, 0, []))
+    torch.library.opcheck(op, (q, k, v, True, 0.125, mask, q_norm, k_norm, 1e-6, cos, sin, 3, []))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_fullgraph(compiler):
+    backend = get("cuda")
+    q, k, v, mask = (backend.to(t) for t in make((2, 2, 70, 64), torch.bfloat16))
+
+    def layer(q, k, v, mask):
+        return 2 * ops.attention(q + 1, k, v, causal=True, mask=mask)
+
+    got = torch.compile(layer, fullgraph=True, backend=compiler)(q, k, v, mask)
+    torch.testing.assert_close(got, layer(q, k, v, mask))
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph():
+    backend = get("cuda")
+    q, k, v, _ = (backend.to(t) for t in make((2, 2, 400, 128), torch.bfloat16))  # 224 KB of shared memory
+    want = ops.attention(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = ops.attention(q, k, v)
+    graph.replay()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_tensors_of_two_devices_are_refused():
+    backend = get("cuda")
+    qkv, (cos, sin), q_norm, k_norm = make_qkv(2, 20, 2, 64, torch.bfloat16)
+    q, k, v = backend.to(qkv).unflatten(2, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+    rest = {"mask": torch.rand(2, 20) > 0.4, "q_norm": q_norm, "k_norm": k_norm, "cos": cos, "sin": sin}
+    for name in rest:
+        given = {n: t if n == name else backend.to(t) for n, t in rest.items()}
+        with pytest.raises(RuntimeError, match=f"{name} must be on the device of q"):
+            torch.ops.biflow.attention_forward(
+                q, k, v, False, 0.125, *(given[n] for n in ("mask", "q_norm", "k_norm")), 1e-6, given["cos"],
+                given["sin"], 0, [],
+            )  # fmt: skip
