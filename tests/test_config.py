@@ -237,3 +237,11 @@ def test_check_fields_reaches_nested_values():
     assert outer.betas == (1.0, 2.0)
     with pytest.raises(TypeError, match=re.escape("betas[0]: expected float, got str 'x'")):
         check_fields(dataclasses.replace(outer, betas=("x", 1.0)))
+
+
+def test_a_build_without_cuda_kernels_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("biflow.ops._checks.DEVICES", ("cpu",))
+    with pytest.raises(
+        ValueError, match=r"device: expected 'cpu', .*, got 'cuda'; this build has no CUDA kernels: install"
+    ):
+        RunConfig(device="cuda")
