@@ -27,6 +27,7 @@ SHAPES = [
     (2, 1500, 7),  # three chunks, which split rows of odd length
     (2, 3, 6000),  # five chunks, which split long rows
     (2, 260, 64),  # five chunks of whole rows
+    (9, 3, 1400),  # two chunks, two blocks of samples that add theirs
 ]
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = [(torch.float64, torch.float64), *itertools.product(LOW, LOW)]
@@ -130,6 +131,13 @@ def test_many_samples(backend):
         torch.testing.assert_close(out[0], (x - params[..., D:]) * torch.exp(-params[..., :D]))
 
 
+def test_many_chunks(backend):
+    # 33 of a sample: more than the lanes that add their sums
+    x, params, _ = make((2, 700, 192), torch.float32, torch.bfloat16)
+    logdet = results(backend, x, params, causal=False)[1]
+    torch.testing.assert_close(logdet, -params[..., :192].double().sum((1, 2)).float(), rtol=1e-6, atol=1e-4)
+
+
 @pytest.mark.gpu
 def test_a_grid_of_more_than_65535_blocks():
     backend = get("cuda")
@@ -185,6 +193,19 @@ def test_extremes_of_the_functions(backend):
     x = results(backend, z, params, causal=False, scale="softplus")[4][0, 0]
     exact = torch.nn.functional.softplus(a.double() + 0.541324854612918, threshold=1e9).float()
     torch.testing.assert_close(x, exact, rtol=1e-5, atol=2e-45, equal_nan=True)
+
+
+def test_far_left_softplus_is_exp(backend):
+    # log sigma = t and its gradient 1, also where sigma underflows
+    a = torch.tensor([-30.0, -60.0, -95.0, -120.0])
+    x, params = torch.zeros(1, 1, 4), torch.cat((a, torch.zeros(4)))[None, None]
+    for direction in ("encode", "decode"):
+        options = dict(scale="softplus", causal=False)
+        weights = torch.zeros_like(x), torch.ones(1)
+        _, logdet, _, grad = runner(backend)(direction, x, params, weights, None, options)
+        torch.testing.assert_close(logdet, -(a + 0.541324854612918).sum()[None])
+        if direction == "decode":  # encode's has 0 / sigma^2
+            assert grad[0, 0, :4].tolist() == [-1.0] * 4
 
 
 def test_hard_clip_gradient_at_its_boundary(backend):
