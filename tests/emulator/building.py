@@ -1,6 +1,7 @@
 """Builds parts of build/emulator again from changed sources, beside it: for tests that need a kernel with a defect."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,7 +33,8 @@ class Building:
 
     @staticmethod
     def _ninja(*arguments: str) -> str:
-        command = ["ninja", "-C", str(BUILD), *arguments]
+        program = re.search(r"^CMAKE_MAKE_PROGRAM:\w+=(.*)$", (BUILD / "CMakeCache.txt").read_text(), re.MULTILINE)
+        command = [program[1], "-C", str(BUILD), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def link_command(self, target: str) -> list[str]:

@@ -265,15 +265,14 @@ def main() -> None:
             print(f"{r['result']:<17}{r['seconds']:5.0f} s  {place}  {r['operator']}  {r['by']}", flush=True)
             if r["result"] == "survived":
                 print(f"    - {r['before'].strip()}\n    + {r['after'].strip()}", flush=True)
-    counts = Counter(r["result"] for r in results)
+            counts = Counter(r["result"] for r in results)
+            report = {"seed": arguments.seed, "counts": counts, "mutants": results}
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     minutes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime / 60
     judged = counts["killed"] + counts["survived"]
     print(
         f"{counts['killed']} of {judged} killed; {counts['does not compile']} do not compile, "
         f"{len(same)} are known to compute the same; {minutes:.0f} minutes of CPU time"
-    )
-    arguments.out.write_text(
-        json.dumps({"seed": arguments.seed, "counts": counts, "mutants": results}, indent=1) + "\n"
     )
     sys.exit(counts["survived"] > 0)
 

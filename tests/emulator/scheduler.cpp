@@ -44,8 +44,8 @@ Thread* take(Block& block) {
     if (settings.order == Order::random) std::swap(ready[block.next], ready[block.next + random_number() % count]);
     thread = ready[block.next++];
   }
-  if (block.next == ready.size()) {
-    ready.clear();
+  if (block.next == ready.size() || block.next > 4096) {  // or it would grow as long as somebody spins
+    ready.erase(ready.begin(), ready.begin() + static_cast<ptrdiff_t>(block.next));
     block.next = 0;
   }
   return thread;
