@@ -216,6 +216,18 @@ def test_hard_clip_gradient_at_its_boundary(backend):
     assert (grad != 0).tolist() == [[[False, True, True, True, False] * 2]]
 
 
+def test_nan_spreads_as_on_a_cpu(backend):
+    x, params, _ = make((1, 4, 8))
+    params[0, 1, 3], params[0, 2, 8 + 5] = math.nan, math.nan  # an a and a b
+    weights = torch.ones_like(x), torch.ones(1)
+    for scale, clip in itertools.product(SCALES, CLIPS):
+        options = dict(scale=scale, clip=clip)
+        for direction, more in (("encode", {}), ("decode", {"return_logdet": True})):
+            got = runner(backend)(direction, x, params, weights, None, options)
+            want = value_and_grads(getattr(ops, f"affine_{direction}"), x, params, weights, **options, **more)
+            assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got, want, strict=True)), (direction, options)
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 3), (2, 1, 4), (2, 1500, 7)], ids=str)
 def test_last_token_in_block_order_gets_no_gradient(backend, shape):
     for flip, layout in itertools.product((False, True), LAYOUTS):
