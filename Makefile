@@ -60,8 +60,10 @@ cuda-table: $(BUILT)
 	$(BIN)/python -m tests.cuda_binary
 
 # On a machine with a GPU: builds with what is installed there, checks and measures everything, within nine minutes.
+# OUT_DIR: folder of the results; COMMIT: name of what is measured, where there is no git.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) $(if $(PEER),--peer-ml-tarflow $(PEER))
+	$(PYTHON) -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) $(if $(PEER),--peer-ml-tarflow $(PEER)) \
+	  $(if $(OUT_DIR),--out $(OUT_DIR)) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info biflow/*.so

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from biflow.models.layers import device_name
-
 
 def machine_info() -> dict:
     """What a number depends on: CPU, cores, threads, instruction set, torch, commit, date (UTC)."""
+    from biflow.models.layers import device_name  # tables and the commit are there for a build that failed, too
+
     return {
         "cpu": device_name(torch.device("cpu")),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -26,12 +26,12 @@ def machine_info() -> dict:
         "isa": torch.ops.biflow.cpu_isa(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     try:
         out = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

@@ -1,27 +1,43 @@
 """Builds, checks and measures everything on a GPU, within nine minutes, without a network.
 
-    python -m benchmarks.gpu [--only PART,PART] [--out FOLDER] [--peer-ml-tarflow PATH] [--dry-run]
+    python -m benchmarks.gpu [--only PART,PART] [--out FOLDER] [--commit NAME] [--peer-ml-tarflow PATH] [--dry-run]
 
-Parts: build, conformance (what the emulator stands for), tests (pytest -m gpu), machine (barriers, weight reads),
-limits (copy, GEMM), kernels, models, sanitizer (memcheck and racecheck on small cases). Each runs in a process of its
-own; one that fails or takes too long is named in the table, and the next goes on. Everything goes to
-FOLDER/<device>.json (default: benchmarks/results); a run of some parts keeps what the file holds of the others.
---dry-run: on the CPU, with tiny shapes: shows that the parts run; writes to FOLDER or nowhere.
+Parts: build, conformance (what the emulator stands for), limits (copy, GEMM), models, kernels, machine (barriers,
+weight reads), tests (pytest -m gpu), memcheck and racecheck (small cases). Each runs in a process of its own; one that
+fails or takes too long is named in the table, keeps the rows it has, and the next goes on. Everything goes to
+FOLDER/<device>.json (default: benchmarks/results), after every part; a run of some parts keeps what the file holds of
+the others. --commit: where there is no git. --dry-run: on the CPU, with tiny shapes: shows that the parts run; writes
+to FOLDER or nowhere. Without a GPU the exit status is 2.
 """
 
 import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+
+from benchmarks.timing import commit, table
+
+from .tools import find, json_lines
+
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 530  # for everything
+SECONDS = 525  # for everything
+PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "cupy-cuda12x")
+UNSUPPORTED = "Device not supported"  # compute-sanitizer's words
 
 
 @dataclass(frozen=True)
@@ -31,66 +47,122 @@ class Part:
     name: str
     seconds: int
     commands: tuple[tuple[str, ...], ...]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def parts(work: Path, peer: str | None, dry: bool) -> list[Part]:
     python = (sys.executable, "-m")
     conformance, machine = str(work / "conformance"), str(work / "machine")
-    nvcc = ("nvcc", "-std=c++17", "-O2", "-arch=native", "-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"))
+    nvcc = (find("nvcc") or "nvcc", "-std=c++17", "-O2", "-arch=native")
+    nvcc = (*nvcc, "-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"))
     sources = sorted(str(p) for p in (ROOT / "tests" / "emulator").glob("conformance*.cu"))
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
-    small = (*python, "benchmarks.gpu.small_cases")
+    pytest = (*python, "pytest", "-vv", "--tb=short", "-m", "gpu", "tests")
+    if importlib.util.find_spec("xdist"):
+        pytest = (*pytest, "-n", "8")
     measure = (*python, "benchmarks.gpu.measure", "--out", str(work), *(("--dry-run",) if dry else ()))
     peers = ("--peer-ml-tarflow", peer) if peer else ()
+
+    def sanitizer(tool: str) -> Part:
+        program = (
+            find("compute-sanitizer") or "compute-sanitizer",
+            "--error-exitcode",
+            "9",
+            "--report-api-errors",
+            "no",
+        )
+        command = (*program, "--tool", tool, *python, "benchmarks.gpu.small_cases")
+        return Part(tool, 60, (command,), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
     every = [
-        Part("build", 200, ((sys.executable, "setup.py", "-q", "build_ext", "--inplace"),)),
-        Part("conformance", 90, ((*nvcc, *sources, "-o", conformance), (conformance,))),
-        Part("tests", 150, ((*python, "pytest", "-q", "-m", "gpu", "tests"),)),
+        Part("build", 180, ((*python, "benchmarks.gpu.build"),)),
+        Part("conformance", 70, ((*nvcc, *sources, "-o", conformance), (conformance,))),
+        Part("limits", 30, ((*measure, "limits"),)),
+        Part("models", 140, ((*measure, "models", *peers),)),
+        Part("kernels", 100, ((*measure, "kernels"),)),
         Part("machine", 60, ((*nvcc, "benchmarks/gpu/machine.cu", "-o", machine), (machine,))),
-        Part("limits", 40, ((*measure, "limits"),)),
-        Part("kernels", 120, ((*measure, "kernels"),)),
-        Part("models", 150, ((*measure, "models", *peers),)),
-        Part("sanitizer", 120, tuple((*sanitizer, tool, *small) for tool in ("memcheck", "racecheck"))),
+        Part("tests", 120, (pytest,)),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
     ]
     return [p for p in every if not dry or p.name in ("limits", "kernels", "models")]
 
 
 def run_part(part: Part, seconds: float) -> dict:
-    """status ("ok", "failed", "timed out", "skipped"), seconds, the end of what it printed."""
-    start, text = time.monotonic(), ""
-    for command in part.commands:
-        if shutil.which(command[0]) is None and not Path(command[0]).exists():
-            return {"status": "skipped", "seconds": 0.0, "output": f"found no {command[0]}"}
-        left = seconds - (time.monotonic() - start)
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=max(left, 1),
-                errors="replace", env={**os.environ, "PYTHONPATH": str(ROOT)},
+    """status ("ok", "failed", "timed out", "skipped"), seconds, all it printed."""
+    start = time.monotonic()
+
+    def result(status: str) -> dict:
+        printed.seek(0)
+        output = printed.read().decode(errors="replace")
+        if status == "failed" and UNSUPPORTED in output:
+            return {"status": "skipped", "seconds": time.monotonic() - start, "output": UNSUPPORTED}
+        return {"status": status, "seconds": time.monotonic() - start, "output": output}
+
+    with tempfile.TemporaryFile() as printed:  # not a pipe: a process that lives on would hold it open
+        for command in part.commands:
+            if shutil.which(command[0]) is None:
+                return {"status": "skipped", "seconds": 0.0, "output": f"found no {command[0]}"}
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **part.environment},
+                start_new_session=True,
             )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            out = error.stdout or b""
-            text += out if isinstance(out, str) else out.decode(errors="replace")
-            return {"status": "timed out", "seconds": time.monotonic() - start, "output": text[-4000:]}
-        text += done.stdout
-        if done.returncode:
-            return {"status": "failed", "seconds": time.monotonic() - start, "output": text[-4000:]}
-    return {"status": "ok", "seconds": time.monotonic() - start, "output": text[-4000:]}
+            try:
+                status = process.wait(max(seconds - (time.monotonic() - start), 1))
+            except subprocess.TimeoutExpired:
+                return result("timed out")
+            finally:  # with all that it started
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if status:
+                return result("failed")
+        return result("ok")
 
 
-def json_lines(text: str) -> list[dict]:
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+def kept(output: str) -> str:
+    """The end, and what pytest said of failures before it."""
+    before, end = output[:-4000], output[-4000:]
+    named = [line[:300] for line in before.splitlines() if re.search(r"\b(FAILED|ERROR)\b", line)]
+    return "\n".join([*named[:200], end])
+
+
+def facts(name: str | None, dry: bool) -> dict:
+    """What a number depends on."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    about = {
+        "device": f"dry run on {platform.machine()}",
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "packages": versions,
+        "commit": name or commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if dry:
+        return about
+    properties = torch.cuda.get_device_properties(0)
+    return about | {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gb": properties.total_memory / 1e9,
+        "cuda": torch.version.cuda,
+    }
 
 
 def main() -> int:
+    deadline = time.monotonic() + SECONDS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="parts, with commas")
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--commit", help="name of what is measured (default: git describe)")
     parser.add_argument("--peer-ml-tarflow", help="a checkout of apple/ml-tarflow")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     work = ROOT / "build" / "gpu-check"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     chosen = parts(work, args.peer_ml_tarflow, args.dry_run)
     names = [p.name for p in chosen]
     if args.only:
@@ -98,46 +170,51 @@ def main() -> int:
         if unknown:
             parser.error(f"--only: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
         chosen = [p for p in chosen if p.name in args.only.split(",")]
+    if not args.dry_run and not torch.cuda.is_available():
+        print(f"gpu-check: expected a CUDA device, torch {torch.__version__} finds none", file=sys.stderr)
+        return 2
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
 
-    deadline, found = time.monotonic() + SECONDS, {}
+    about, found, path, before = facts(args.commit, args.dry_run), {}, None, {}
+    folder = args.out or (None if args.dry_run else ROOT / "benchmarks" / "results")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / (re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") + ".json")
+        before = json.loads(path.read_text())["parts"] if path.exists() and args.only else {}
     for part in chosen:
         print(f"{part.name} ...", flush=True)
         left = deadline - time.monotonic()
-        found[part.name] = run_part(part, min(part.seconds, left)) if left > 5 else {"status": "no time left"}
-        if part.name == "machine":
-            found[part.name]["rows"] = json_lines(found[part.name].get("output", ""))
-        results = work / f"{part.name}.json"
-        if results.exists():
-            found[part.name] |= json.loads(results.read_text())
-        if found[part.name]["status"] != "ok":
-            print(found[part.name].get("output", ""), flush=True)
-
-    from .measure import machine
-
-    about = machine(args.dry_run)
-    folder = args.out or (None if args.dry_run else ROOT / "benchmarks" / "results")
-    if folder is not None:
-        name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-        path = folder / f"{name}.json"
-        before = json.loads(path.read_text())["parts"] if path.exists() and args.only else {}
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": about, "parts": before | found}, indent=1) + "\n")
-        print(f"wrote {path}")
+        found[part.name] = one = run_part(part, min(part.seconds, left)) if left > 5 else {"status": "no time left"}
+        rows = work / f"{part.name}.jsonl"
+        text = rows.read_text() if rows.exists() else one.get("output", "") if part.name == "machine" else ""
+        if text:
+            one["rows"] = json_lines(text)
+        one["output"] = kept(one.get("output", ""))
+        if one["status"] != "ok":
+            print(one["output"], flush=True)
+        if path is not None:
+            scratch = path.with_suffix(".tmp")
+            scratch.write_text(json.dumps({"machine": about, "parts": before | found}, indent=1) + "\n")
+            os.replace(scratch, path)
     print("\n".join(summary(about, found)))
+    if path is not None:
+        print(f"wrote {path}")
     return 0 if all(part["status"] == "ok" for part in found.values()) else 1
 
 
 def summary(about: dict, found: dict) -> list[str]:
-    from benchmarks.timing import table
-
     lines = [f"{about['device']} · torch {about['torch']} · commit {about['commit']} · {about['date']}", ""]
     for part in found.values():
-        rows = part.get("rows", [])
-        kinds: dict[tuple, list[dict]] = {}
-        for row in rows:
+        kinds: dict[str, list[dict]] = {}
+        for row in part.get("rows", []):
             kinds.setdefault(next(iter(row)), []).append(row)
         for group in kinds.values():
-            lines += [*table(group), ""]
+            lines += table([{k: v for k, v in row.items() if k != "failed"} for row in group])
+            for row in (row for row in group if "failed" in row):
+                labels = [str(row[key]).strip() for key in ("limit", "op", "item", "case", "batch") if key in row]
+                lines.append(f"failed: {', '.join(labels)}: {row['failed']}")
+            lines.append("")
     return lines + [f"{name:12} {part['status']:10} {part.get('seconds', 0):6.0f} s" for name, part in found.items()]
 
 

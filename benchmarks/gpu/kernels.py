@@ -1,9 +1,11 @@
 """Every kernel against eager torch, torch.compile and CuPy: microseconds, share of the limit that bounds it.
 
-Bytes by the model of one pass (each input once, each output once); FLOPs of attention: 4 B H T^2 d, half when causal.
+Bytes by the model of one pass (each input once, each output once); FLOPs of attention: 4 B H T^2 d, half when causal;
+with the backward pass three times that. torch.compile takes long to start: only for few rows, which come last.
 """
 
 import importlib.util
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -12,8 +14,8 @@ import torch.nn.functional as F
 from biflow import ops, reference
 from biflow.ops.attention import apply_rope
 
-from .limits import rate
-from .timing import Call, Timer
+from .limits import Case, bound, share
+from .timing import Call, Timer, Times
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # name, (B, T, D), dtype of data, of params, options
@@ -24,7 +26,7 @@ AFFINE = [
     ("fp32, 403 MB", (32, 1024, 768), F32, F32, {}),
     ("bf16, 403 MB", (64, 1024, 768), BF16, BF16, {}),
     ("fp32 and bf16 params, 302 MB", (32, 1024, 768), F32, BF16, {}),
-    ("B/2 batch 8192, 403 MB", (6144, 256, 16), F32, F32, {}),
+    ("B/2 batch 6144, 403 MB", (6144, 256, 16), F32, F32, {}),
     ("TARFlow-64 batch 2048, 403 MB", (2048, 1024, 12), F32, F32, {"flip": True}),
     ("interleaved, 403 MB", (32, 1024, 768), F32, F32, {"layout": "interleaved"}),
     ("softplus tanh, 403 MB", (32, 1024, 768), F32, F32, {"scale": "softplus", "clip": ("tanh", 4.0)}),
@@ -39,62 +41,80 @@ ATTENTION = [
     ("d = 32, T = 256", (64, 12, 256, 32), False, True),
     ("d = 128, T = 1024", (16, 8, 1024, 128), False, True),
 ]
+TRAINED = ("B/2 reverse batch 64", "B/2 forward batch 64")
 # name, rows, width
 NORM = [("B/2 batch 1", 264, 768), ("B/2 batch 64", 64 * 264, 768), ("B/2 batch 256", 256 * 264, 768)]
+COMPILED = {("affine_encode", "fp32, 403 MB"), ("attention_qkv", "B/2 reverse batch 64")}
+COMPILED |= {(op, "B/2 batch 64") for op in ("add_norm", "gate swiglu")}
 L2_BYTES = 30e6  # sets above this are timed from memory, others from the cache
 
 
-def run(timer: Timer, limits: list[dict], dry: bool) -> list[dict]:
-    rows = []
-    for part in (affine, attention, norm_and_gate):
-        rows += part(timer, limits, dry)
-    return rows
+def cases(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
+    every = [*affine(timer, limits, dry), *attention(timer, limits, dry), *norm_and_gate(timer, limits, dry)]
+    yield from every
+    for case in every if not dry else []:
+        if (case.labels["op"], case.labels["case"]) in COMPILED:
+            yield Case(case.labels | {"case": case.labels["case"] + ", compiled"}, partial(case.run, compiled=True))
 
 
-def _row(op: str, case: str, times: dict[str, float], limit_seconds: float, **more: object) -> dict:
-    ours = times["ours"]
-    row = {"op": op, "case": case, "us": ours * 1e6, "percent_of_limit": 100 * limit_seconds / ours}
-    row |= {f"x_{name}": t / ours for name, t in times.items() if name != "ours"}
-    return row | more
+def _contestants(calls: dict[str, Call | Callable[[], Call]], compiled: bool) -> dict[str, Call | Callable[[], Call]]:
+    """compiled: ours against torch.compile of "eager" alone."""
+    if not compiled:
+        return calls
+    eager = calls["eager"].f
+    function = torch.compile(eager.func, dynamic=False)
+    return {"ours": calls["ours"], "compile": Call(partial(function, *eager.args, **eager.keywords))}
 
 
-def affine(timer: Timer, limits: list[dict], dry: bool) -> list[dict]:
-    rows = []
-    generator = torch.Generator(timer.device).manual_seed(0)
-    for name, (B, T, D), data, net, options in AFFINE:
-        B = B if not dry else 1
-        x = torch.randn((B, T, D), generator=generator, device=timer.device).to(data)
-        params = (0.5 * torch.randn((B, T, 2 * D), generator=generator, device=timer.device)).to(net)
+def _row(times: Times, limit: float | None, moved: float, **amounts: float) -> dict:
+    """amounts: of what the row says how much there is a second."""
+
+    def per_call(seconds: float) -> dict:
+        rates = {name: amount / seconds for name, amount in amounts.items()}
+        return {"us": seconds * 1e6} | share(seconds, limit) | {"mb": moved / 1e6} | rates
+
+    return times.row(per_call)
+
+
+def _randn(timer: Timer, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator(timer.device).manual_seed(sum(shape)), device=timer.device)
+
+
+def affine(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
+    for case in AFFINE:
         for direction in ("encode", "decode"):
-            forward, backward = {}, {}
-            moved = x.numel() * (2 * data.itemsize + 2 * net.itemsize)
-            for who, module in (("ours", ops), ("eager", reference)):
-                f = getattr(module, f"affine_{direction}")
-                forward[who] = Call(partial(f, x, params, **options))
-                backward[who] = _backward(f, (x, params), options)
-            if not dry and not options:
-                compiled = torch.compile(getattr(reference, f"affine_{direction}"), dynamic=False)
-                forward["compile"] = Call(partial(compiled, x, params))
-            if direction == "encode" and data == net and data != BF16 and not options and not dry:
-                forward |= _cupy_encode(x, params)
-            with torch.no_grad():
-                times = timer(forward, cold=moved > L2_BYTES)
-            limit = moved / rate(limits, "copy")
-            rows.append(
-                _row(f"affine_{direction}", name, times, limit, mb=moved / 1e6, gb_s=moved / times["ours"] / 1e9)
-            )
-            moved = x.numel() * (3 * data.itemsize + 4 * net.itemsize)
-            times = timer(backward, cold=moved > L2_BYTES)
-            limit = moved / rate(limits, "copy")
-            rows.append(
-                _row(
-                    f"affine_{direction} backward", name, times, limit, mb=moved / 1e6, gb_s=moved / times["ours"] / 1e9
-                )
-            )
-    return rows
+            for what in ("", " backward"):
+                labels = {"op": f"affine_{direction}{what}", "case": case[0]}
+                yield Case(labels, partial(_affine, timer, limits, dry, case, direction, bool(what)))
 
 
-def _backward(f, leaves, options) -> Call:
+def _affine(timer, limits, dry, case, direction, gradients, compiled=False) -> dict:
+    _, (B, T, D), data, net, options = case
+    B = B if not dry else 1
+    x = _randn(timer, B, T, D).to(data)
+    params = (0.5 * _randn(timer, B, T, 2 * D)).to(net)
+    functions = {who: getattr(m, f"affine_{direction}") for who, m in (("ours", ops), ("eager", reference))}
+    if gradients:
+        moved = x.numel() * (3 * data.itemsize + 4 * net.itemsize)
+        calls = {who: partial(_backward, f, (x, params), options) for who, f in functions.items()}
+        times = timer(calls, cold=moved > L2_BYTES)
+    else:
+        moved = x.numel() * (2 * data.itemsize + 2 * net.itemsize)
+        calls = {who: Call(partial(f, x, params, **options)) for who, f in functions.items()}
+        if (
+            direction == "encode"
+            and data == net == F32
+            and not options
+            and not dry
+            and importlib.util.find_spec("cupy")
+        ):
+            calls["cupy"] = partial(_cupy_encode, x, params)
+        with torch.no_grad():
+            times = timer(_contestants(calls, compiled), cold=moved > L2_BYTES)
+    return _row(times, bound(limits, {"copy": moved}), moved, gb_s=moved / 1e9)
+
+
+def _backward(f: Callable, leaves: tuple, options: dict) -> Call:
     leaves = [t.clone().requires_grad_() for t in leaves]
     out = f(*leaves, **options)
     out = out if isinstance(out, tuple) else (out,)
@@ -102,10 +122,8 @@ def _backward(f, leaves, options) -> Call:
     return Call(lambda: torch.autograd.grad(out, leaves, grads, retain_graph=True), graph=False)
 
 
-def _cupy_encode(x: torch.Tensor, params: torch.Tensor) -> dict[str, Call]:
+def _cupy_encode(x: torch.Tensor, params: torch.Tensor) -> Call:
     """An independent kernel of the same bytes: z, without the log-determinant's sum. CuPy launches it itself."""
-    if importlib.util.find_spec("cupy") is None:
-        return {}
     import cupy
 
     kernel = cupy.ElementwiseKernel(
@@ -124,36 +142,56 @@ def _cupy_encode(x: torch.Tensor, params: torch.Tensor) -> dict[str, Call]:
         with stream:
             kernel(*given, x.shape[1], x.shape[2], out)
 
-    return {"cupy": Call(call, graph=False)}
+    return Call(call, graph=False)
 
 
-def attention(timer: Timer, limits: list[dict], dry: bool) -> list[dict]:
-    rows = []
-    generator = torch.Generator(timer.device).manual_seed(0)
-    for name, (B, H, T, d), causal, normed in ATTENTION:
-        B = B if not dry else 1
-        qkv = torch.randn((B, T, 3 * H * d), generator=generator, device=timer.device).to(BF16)
-        angle = torch.randn((T - 8, d // 2), generator=generator, device=timer.device)
-        weight = torch.ones(d, device=timer.device)
-        options = {"heads": H, "causal": causal}
-        if normed:
-            options |= {"q_norm": weight, "k_norm": weight, "rope": (angle.cos(), angle.sin()), "prefix": 8}
-        q, k, v = qkv.view(B, T, 3, H, d).permute(2, 0, 3, 1, 4)
-        calls = {
-            "ours": Call(partial(ops.attention_qkv, qkv, **options)),
-            "torch": Call(partial(torch_attention, qkv, **options)),
-            "sdpa_alone": Call(partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)),
-        }
-        if not dry:
-            compiled = torch.compile(torch_attention, dynamic=False)
-            calls["compile"] = Call(partial(compiled, qkv, **options))
-        flops = 4 * B * H * T * T * d * (0.5 if causal else 1)
-        moved = qkv.numel() * 2 * 4 / 3
-        limit = max(flops / rate(limits, "bf16 GEMM"), moved / rate(limits, "copy"))
-        with torch.no_grad():
-            times = timer(calls, cold=moved > L2_BYTES)
-        rows.append(_row("attention_qkv", name, times, limit, mb=moved / 1e6, tflop_s=flops / times["ours"] / 1e12))
-    return rows
+def attention(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
+    for case in ATTENTION:
+        yield Case({"op": "attention_qkv", "case": case[0]}, partial(_attention, timer, limits, dry, case))
+    for case in ATTENTION:
+        if case[0] in TRAINED:
+            labels = {"op": "attention_qkv forward + backward", "case": case[0]}
+            yield Case(labels, partial(_attention_trained, timer, limits, dry, case))
+
+
+def _attention_inputs(timer: Timer, dry: bool, case: tuple) -> tuple[torch.Tensor, dict, float]:
+    """qkv, options, FLOPs of the forward pass."""
+    _, (B, H, T, d), causal, normed = case
+    B = B if not dry else 1
+    options = {"heads": H, "causal": causal}
+    if normed:
+        angle, weight = _randn(timer, T - 8, d // 2), torch.ones(d, device=timer.device)
+        options |= {"q_norm": weight, "k_norm": weight, "rope": (angle.cos(), angle.sin()), "prefix": 8}
+    return _randn(timer, B, T, 3 * H * d).to(BF16), options, 4 * B * H * T * T * d * (0.5 if causal else 1)
+
+
+def _attention(timer, limits, dry, case, compiled=False) -> dict:
+    qkv, options, flops = _attention_inputs(timer, dry, case)
+    q, k, v = qkv.unflatten(2, (3, options["heads"], -1)).permute(2, 0, 3, 1, 4)
+    calls = {
+        "ours": Call(partial(ops.attention_qkv, qkv, **options)),
+        "eager": Call(partial(torch_attention, qkv, **options)),
+        "sdpa_alone": Call(partial(F.scaled_dot_product_attention, q, k, v, is_causal=options["causal"])),
+    }
+    moved = qkv.numel() * 2 * 4 / 3
+    with torch.no_grad():
+        times = timer(_contestants(calls, compiled), cold=moved > L2_BYTES)
+    return _row(times, bound(limits, {"copy": moved, "bf16 GEMM": flops}), moved, tflop_s=flops / 1e12)
+
+
+def _attention_trained(timer, limits, dry, case) -> dict:
+    """Training goes through torch's fused attention; the reference stores the logits."""
+    qkv, options, flops = _attention_inputs(timer, dry, case)
+    qkv.requires_grad_()
+    grad = torch.ones_like(qkv[..., : qkv.shape[2] // 3])
+
+    def call(f):
+        return torch.autograd.grad(f(qkv, **options), qkv, grad)
+
+    calls = {who: Call(partial(call, m.attention_qkv), graph=False) for who, m in (("ours", ops), ("eager", reference))}
+    moved, flops = qkv.numel() * 2 * 4, 3 * flops
+    times = timer(calls, cold=moved > L2_BYTES)
+    return _row(times, bound(limits, {"copy": moved, "bf16 GEMM": flops}), moved, tflop_s=flops / 1e12)
 
 
 def torch_attention(qkv, *, heads, causal, q_norm=None, k_norm=None, rope=None, prefix=0):
@@ -168,34 +206,36 @@ def torch_attention(qkv, *, heads, causal, q_norm=None, k_norm=None, rope=None, 
     return o.transpose(1, 2).reshape(batch, length, width // 3)
 
 
-def norm_and_gate(timer: Timer, limits: list[dict], dry: bool) -> list[dict]:
+def norm_and_gate(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
     """bf16 beside an fp32 residual stream, as in the bf16 passes."""
-    rows = []
-    generator = torch.Generator(timer.device).manual_seed(0)
     for name, count, width in NORM:
-        count = count if not dry else 8
-        h = torch.randn((count, width), generator=generator, device=timer.device)
-        delta = torch.randn((count, width), generator=generator, device=timer.device).to(BF16)
+        for op in ("add_norm", "gate swiglu", "gate gelu"):
+            for what in ("", " backward"):
+                run = partial(_norm_or_gate, timer, limits, op, count if not dry else 8, width, bool(what))
+                yield Case({"op": op + what, "case": name}, run)
+
+
+def _norm_or_gate(timer, limits, op, count, width, gradients, compiled=False) -> dict:
+    # ours, eager, bytes an element of the first input: forward and backward
+    ours, eager, *bytes_each = {
+        "add_norm": (partial(ops.add_norm, kind="rmsnorm", eps=1e-6), torch_add_norm, 12, 16),
+        "gate swiglu": (partial(ops.gate, kind="swiglu"), torch_gate, 3, 5),
+        "gate gelu": (partial(ops.gate, kind="gelu"), F.gelu, 4, 6),
+    }[op]
+    if op == "add_norm":
         weight = torch.ones(width, device=timer.device)
-        m = torch.randn((count, 2 * 2048), generator=generator, device=timer.device).to(BF16)
-        # ours, eager, inputs, bytes an element of the first one: forward and backward
-        cases = {
-            "add_norm": (partial(ops.add_norm, kind="rmsnorm", eps=1e-6), torch_add_norm, (delta, h, weight), 12, 16),
-            "gate swiglu": (partial(ops.gate, kind="swiglu"), torch_gate, (m,), 3, 5),
-            "gate gelu": (partial(ops.gate, kind="gelu"), F.gelu, (m,), 4, 6),
-        }
-        for op, (ours, eager, given, *bytes_each) in cases.items():
-            forward = {"ours": Call(partial(ours, *given)), "eager": Call(partial(eager, *given))}
-            if not dry:
-                forward["compile"] = Call(partial(torch.compile(eager, dynamic=False), *given))
-            backward = {who: _backward(f, given, {}) for who, f in (("ours", ours), ("eager", eager))}
-            for what, calls, each in zip(("", " backward"), (forward, backward), bytes_each, strict=True):
-                moved = each * given[0].numel()
-                with torch.set_grad_enabled(bool(what)):
-                    times = timer(calls, cold=moved > L2_BYTES)
-                limit = moved / rate(limits, "copy")
-                rows.append(_row(op + what, name, times, limit, mb=moved / 1e6, gb_s=moved / times["ours"] / 1e9))
-    return rows
+        given = (_randn(timer, count, width).to(BF16), _randn(timer, count, width), weight)
+    else:
+        given = (_randn(timer, count, 2 * 2048).to(BF16),)
+    moved = bytes_each[gradients] * given[0].numel()
+    if gradients:
+        calls = {who: partial(_backward, f, given, {}) for who, f in (("ours", ours), ("eager", eager))}
+        times = timer(calls, cold=moved > L2_BYTES)
+    else:
+        calls = {who: Call(partial(f, *given)) for who, f in (("ours", ours), ("eager", eager))}
+        with torch.no_grad():
+            times = timer(_contestants(calls, compiled), cold=moved > L2_BYTES)
+    return _row(times, bound(limits, {"copy": moved}), moved, gb_s=moved / 1e9)
 
 
 def torch_add_norm(delta, h, weight):

@@ -1,5 +1,7 @@
 """What this GPU can do, measured in the run that is judged by it: copy bandwidth and GEMM rate."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,23 +12,43 @@ COPY_BYTES = 4 << 30  # read plus written
 GEMM = 8192
 
 
-def measure(timer: Timer, dry: bool) -> list[dict]:
-    """Rows with "limit" and "gb_s" or "tflop_s". Random data: zeros run faster."""
-    device, size = timer.device, COPY_BYTES // 8 if not dry else 1 << 16
-    source = torch.randn(size, device=device)
-    target = torch.empty_like(source)
-    seconds = timer({"copy": Call(partial(target.copy_, source))}, cold=True)["copy"]
-    rows = [{"limit": "copy", "mb": 8 * size / 1e6, "gb_s": 8 * size / seconds / 1e9}]
-    del source, target
-    n = GEMM if not dry else 128
+@dataclass
+class Case:
+    """One row: what it is, and a function that measures the rest of it."""
+
+    labels: dict
+    run: Callable[[], dict]
+
+
+def cases(timer: Timer, dry: bool) -> Iterator[Case]:
+    """Rows with "limit" and "gb_s" or "tflop_s"."""
+    yield Case({"limit": "copy"}, partial(_copy, timer, dry))
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        seconds = timer({"gemm": Call(partial(torch.mm, a, b))}, cold=True)["gemm"]
-        rows.append({"limit": f"{name} GEMM", "n": n, "tflop_s": 2 * n**3 / seconds / 1e12})
-    return rows
+        yield Case({"limit": f"{name} GEMM"}, partial(_gemm, timer, dtype, dry))
 
 
-def rate(limits: list[dict], name: str) -> float:
-    """Bytes/s of "copy", FLOP/s of a GEMM."""
-    row = next(row for row in limits if row["limit"] == name)
-    return row["gb_s"] * 1e9 if "gb_s" in row else row["tflop_s"] * 1e12
+def _copy(timer: Timer, dry: bool) -> dict:
+    """Random data: zeros run faster."""
+    size = COPY_BYTES // 8 if not dry else 1 << 16
+    source = torch.randn(size, device=timer.device)
+    times = timer({"ours": Call(partial(torch.empty_like(source).copy_, source))}, cold=True)
+    return {"mb": 8 * size / 1e6} | times.row(lambda seconds: {"gb_s": 8 * size / seconds / 1e9})
+
+
+def _gemm(timer: Timer, dtype: torch.dtype, dry: bool) -> dict:
+    n = GEMM if not dry else 128
+    a, b = (torch.randn(n, n, device=timer.device).to(dtype) for _ in range(2))
+    times = timer({"ours": Call(partial(torch.mm, a, b))}, cold=True)
+    return {"n": n} | times.row(lambda seconds: {"tflop_s": 2 * n**3 / seconds / 1e12})
+
+
+def bound(limits: list[dict], work: dict[str, float]) -> float | None:
+    """Seconds that the work takes at least: bytes of "copy", FLOPs of "bf16 GEMM". None if a rate is not known."""
+    rates = {row["limit"]: row["gb_s"] * 1e9 if "gb_s" in row else row.get("tflop_s", 0) * 1e12 for row in limits}
+    if not all(rates.get(name) for name in work):
+        return None
+    return max(amount / rates[name] for name, amount in work.items())
+
+
+def share(seconds: float, limit: float | None) -> dict:
+    return {} if limit is None else {"percent_of_limit": 100 * limit / seconds}

@@ -1,12 +1,19 @@
-"""Whole passes: the learned inverse and the density, as milliseconds an image; an eager step of the exact inverse."""
+"""Whole passes: the learned inverse and the density, as milliseconds an image; an eager step of the exact inverse.
+
+torch.compile takes long to start: only at one batch size, in rows that come last.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
 
 import torch
 
 from biflow.evaluate.eager import eager_decode_block
 from biflow.models import BiFlow, BiFlowConfig, TarFlow, TarFlowConfig
 
-from .limits import rate
-from .timing import Call, Timer
+from .limits import Case, bound, share
+from .timing import Call, Timer, Times
 
 # iTARFlow-B/2 and TARFlow-64, and a reverse model for the former (PERFORMANCE: 133 M parameters)
 FLOWS = {
@@ -19,6 +26,7 @@ REVERSE = dict(
 )  # fmt: skip
 REVERSE_BATCHES = (1, 64, 256)
 DENSITY_BATCHES = {"B/2": (1, 64, 256), "TARFlow-64": (1, 32)}
+COMPILED_BATCH = 64
 SMALL = {"width": 128, "num_blocks": 2}  # a dry run's
 
 
@@ -37,104 +45,157 @@ def linear_flops(model: torch.nn.Module, tokens: int) -> float:
     return 2 * tokens * sum(m.weight.numel() for m in linears) + 4 * tokens**2 * width * layers
 
 
-def run(timer: Timer, limits: list[dict], dry: bool, ml_tarflow: str | None) -> list[dict]:
-    return [*reverse(timer, limits, dry), *density(timer, limits, dry, ml_tarflow), *eager_step(timer, dry)]
+def cases(timer: Timer, limits: list[dict], dry: bool, ml_tarflow: str | None) -> Iterator[Case]:
+    yield from reverse(timer, limits, dry, REVERSE_BATCHES)
+    for name, batches in DENSITY_BATCHES.items():
+        yield from density(timer, limits, dry, name, batches, ml_tarflow)
+    yield from eager_step(timer, dry)
+    if not dry:
+        yield from reverse(timer, limits, dry, (COMPILED_BATCH,), compiled=True)
+        yield from density(timer, limits, dry, "B/2", (COMPILED_BATCH,), None, compiled=True)
 
 
-def _row(item: str, batch: int, times: dict[str, float], limit_seconds: float) -> dict:
-    ours = times["ours"]
-    row = {"item": item, "batch": batch, "ms_image": ours / batch * 1e3, "percent_of_limit": 100 * limit_seconds / ours}
-    return row | {f"x_{name}": t / ours for name, t in times.items() if name != "ours"}
+def _row(times: Times, batch: int, limit: float | None) -> dict:
+    return times.row(lambda seconds: {"ms_image": seconds / batch * 1e3} | share(seconds, limit))
 
 
-def _limit(model: torch.nn.Module, tokens: int, batch: int, limits: list[dict]) -> float:
+def _bound(model: torch.nn.Module, tokens: int, batch: int, limits: list[dict]) -> float | None:
     """Seconds: the products at the GEMM's rate, or the bf16 weights at the copy's."""
-    arithmetic = batch * linear_flops(model, tokens) / rate(limits, "bf16 GEMM")
-    return max(arithmetic, 2 * sum(p.numel() for p in model.parameters()) / rate(limits, "copy"))
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    return bound(limits, {"bf16 GEMM": batch * linear_flops(model, tokens), "copy": weights})
 
 
-def reverse(timer: Timer, limits: list[dict], dry: bool) -> list[dict]:
+def reverse(
+    timer: Timer, limits: list[dict], dry: bool, batches: tuple[int, ...], compiled: bool = False
+) -> Iterator[Case]:
     """BiFlow.decode in bf16, guidance trained in. Timed as users call it: checks and launches included."""
-    model = BiFlow(BiFlowConfig(**(REVERSE | SMALL if dry else REVERSE))).to(timer.device).eval()
-    randomize(model)
-    c, rows = model.config, []
-    for batch in (1,) if dry else REVERSE_BATCHES:
+
+    @functools.cache
+    def model() -> BiFlow:
+        model = BiFlow(BiFlowConfig(**(REVERSE | SMALL if dry else REVERSE))).to(timer.device).eval()
+        randomize(model)
+        return model
+
+    @functools.cache
+    def inputs(batch):
+        c = model().config
         z = torch.randn(batch, c.tokens, c.channels, device=timer.device)
-        y = torch.randint(c.num_classes, (batch,), device=timer.device)
-        w = torch.full((batch,), 1.5, device=timer.device)
-        autocast = torch.autocast(timer.device.type, torch.bfloat16)
+        return z, torch.randint(c.num_classes, (batch,), device=timer.device)
+
+    def limit(batch):
+        c = model().config
+        return _bound(model(), c.tokens + c.class_tokens + c.guidance_tokens, batch, limits)
+
+    def decoded(batch, frozen):
+        (z, y), w = inputs(batch), torch.full((batch,), 1.5, device=timer.device)
+        network = torch.compile(model(), mode="reduce-overhead") if compiled else model()
 
         @torch.no_grad()
-        def eager(z=z, y=y, w=w, autocast=autocast):
-            with autocast:
-                return model(z, y, w)
+        def eager():
+            with torch.autocast(timer.device.type, torch.bfloat16):
+                return network(z, y, w)
 
         calls = {
-            "ours": Call(lambda z=z, y=y: model.decode(z, y, guidance=1.5, precision="bf16"), graph=False),
-            "eager": Call(eager, graph=False),
+            "ours": Call(lambda: model().decode(z, y, guidance=1.5, precision="bf16"), graph=False),
+            "compile" if compiled else "eager": Call(eager, graph=False),
         }
-        if batch == 64:
-            calls["compile"] = Call(torch.compile(eager, mode="reduce-overhead"), graph=False)
-        with model.passes.frozen():
-            times = timer(calls, cold=True, seconds=4)
-        tokens = c.tokens + c.class_tokens + c.guidance_tokens
-        rows.append(_row("one-pass reverse B/2", batch, times, _limit(model, tokens, batch, limits)))
-        # the device's time alone: the recorded pass without checks
+        with model().frozen() if frozen else contextlib.nullcontext():
+            times = timer(calls, cold=True, seconds=3)
+        return _row(times, batch, limit(batch))
+
+    def alone(batch):
+        """The device's time: the recorded pass without checks."""
+        z, y = inputs(batch)
+        model().decode(z, y, guidance=1.5, precision="bf16")
+        times = timer({"ours": Call(model().passes.replay_last, graph=False)}, cold=True)
+        return _row(times, batch, limit(batch))
+
+    item = "one-pass reverse B/2"
+    for batch in (1,) if dry else batches:
+        if compiled:
+            yield Case({"item": f"{item}, compiled", "batch": batch}, functools.partial(decoded, batch, True))
+            continue
+        yield Case({"item": item, "batch": batch}, functools.partial(decoded, batch, True))
+        yield Case({"item": "  weights looked at", "batch": batch}, functools.partial(decoded, batch, False))
         if timer.device.type == "cuda":
-            graph = next(reversed(model.passes._graphs.values()))[1]
-            alone = timer({"ours": Call(graph.replay, graph=False)}, cold=True)
-            rows.append(_row("  its kernels alone", batch, alone, _limit(model, tokens, batch, limits)))
-    return rows
+            yield Case({"item": "  its kernels alone", "batch": batch}, functools.partial(alone, batch))
 
 
-def density(timer: Timer, limits: list[dict], dry: bool, ml_tarflow: str | None) -> list[dict]:
+def density(
+    timer: Timer, limits: list[dict], dry: bool, name: str, batches: tuple, ml_tarflow: str | None, compiled=False
+) -> Iterator[Case]:
     """TarFlow.encode in bf16: z and log-determinant."""
-    rows = []
-    for name, batches in DENSITY_BATCHES.items():
+
+    @functools.cache
+    def flow() -> TarFlow:
         flow = TarFlow(TarFlowConfig(head_dim=64, **(FLOWS[name] | SMALL if dry else FLOWS[name])))
         flow = flow.to(timer.device).eval()
         randomize(flow)
-        c = flow.config
-        peer = _peer(flow, ml_tarflow)
-        for batch in (1,) if dry else batches:
-            x = torch.randn(batch, c.in_channels, c.img_size, c.img_size, device=timer.device)
+        return flow
+
+    @functools.cache
+    def peer():
+        return _peer(flow(), ml_tarflow)
+
+    def encoded(batch, frozen):
+        c = flow().config
+        x = torch.randn(batch, c.in_channels, c.img_size, c.img_size, device=timer.device)
+
+        def autocast(make):
+            network = make()
 
             @torch.no_grad()
-            def autocast(f, x=x):
+            def call():
                 with torch.autocast(timer.device.type, torch.bfloat16):
-                    return f(x)
+                    return network(x)
 
-            @torch.no_grad()
-            def ours(x=x, flow=flow):
-                return flow.encode(x, precision="bf16")
+            return Call(call, graph=False)
 
-            calls = {"ours": Call(ours, graph=False), "eager": Call(lambda f=flow, a=autocast: a(f), graph=False)}
-            if peer is not None:
-                calls["ml-tarflow"] = Call(lambda a=autocast, p=peer: a(p), graph=False)
-            with flow.frozen():
-                times = timer(calls, cold=True, seconds=4)
-            rows.append(_row(f"density {name}", batch, times, _limit(flow, c.tokens, batch, limits)))
-        del flow, peer
-    return rows
+        @torch.no_grad()
+        def ours():
+            return flow().encode(x, precision="bf16")
+
+        calls = {"ours": Call(ours, graph=False)}
+        if compiled:
+            calls["compile"] = lambda: autocast(lambda: torch.compile(flow(), mode="reduce-overhead"))
+        else:
+            calls["eager"] = lambda: autocast(flow)
+        if ml_tarflow is not None:
+            calls["ml-tarflow"] = lambda: autocast(peer)
+        with flow().frozen() if frozen else contextlib.nullcontext():
+            times = timer(calls, cold=True, seconds=3)
+        return _row(times, batch, _bound(flow(), c.tokens, batch, limits))
+
+    item = f"density {name}"
+    for batch in (1,) if dry else batches:
+        if compiled:
+            yield Case({"item": f"{item}, compiled", "batch": batch}, functools.partial(encoded, batch, True))
+            continue
+        yield Case({"item": item, "batch": batch}, functools.partial(encoded, batch, True))
+        yield Case({"item": "  weights looked at", "batch": batch}, functools.partial(encoded, batch, False))
 
 
-def _peer(flow: TarFlow, path: str | None):
+def _peer(flow: TarFlow, path: str):
     """ml-tarflow's own Model with the flow's weights, unmodified: x -> z, outputs, logdets."""
-    if path is None:
-        return None
     from benchmarks.peers.ml_tarflow import load_model
 
     return load_model(flow, path).to(flow.var.device)
 
 
-def eager_step(timer: Timer, dry: bool) -> list[dict]:
+def eager_step(timer: Timer, dry: bool) -> Iterator[Case]:
     """One token of the exact inverse of a B/2 block as eager torch makes it, a cache that grows by concatenation."""
-    flow = TarFlow(TarFlowConfig(head_dim=64, **(FLOWS["B/2"] | SMALL | {"img_size": 8} if dry else FLOWS["B/2"])))
-    randomize(flow)
-    block, rows = flow.blocks[0].to(timer.device), []
-    for batch in (1,) if dry else (1, 64):
-        z = torch.randn(batch, block.tokens, block.config.channels, device=timer.device)
+
+    @functools.cache
+    def block():
+        flow = TarFlow(TarFlowConfig(head_dim=64, **(FLOWS["B/2"] | SMALL | {"img_size": 8} if dry else FLOWS["B/2"])))
+        randomize(flow)
+        return flow.blocks[0].to(timer.device)
+
+    def decoded(batch):
+        z = torch.randn(batch, block().tokens, block().config.channels, device=timer.device)
         with torch.autocast(timer.device.type, torch.bfloat16):
-            seconds = timer({"step": Call(lambda z=z: eager_decode_block(block, z), graph=False)}, cold=True, seconds=1)
-        rows.append({"item": "eager step B/2", "batch": batch, "us_step": seconds["step"] / block.tokens * 1e6})
-    return rows
+            times = timer({"ours": Call(lambda: eager_decode_block(block(), z), graph=False)}, cold=True, seconds=1)
+        return times.row(lambda seconds: {"us_step": seconds / block().tokens * 1e6})
+
+    for batch in (1,) if dry else (1, 64):
+        yield Case({"item": "eager step B/2", "batch": batch}, functools.partial(decoded, batch))

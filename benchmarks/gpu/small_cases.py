@@ -4,6 +4,16 @@ import torch
 
 from biflow import ops
 
+# heads, tokens, d, causal, dtype
+ATTENTION = (
+    (2, 83, 64, True, torch.bfloat16),
+    (1, 200, 32, False, torch.float16),
+    (1, 70, 128, False, torch.bfloat16),
+    (1, 460, 128, False, torch.bfloat16),  # more keys than shared memory holds
+)
+# of 330 tokens, by csrc/attention.h: streamed, two tiles of rows a warp, both
+PLANS = ([1, 4, 6, 3], [2, 2, 6, 6], [2, 4, 3, 3])
+
 
 def main() -> None:
     g = torch.Generator("cuda").manual_seed(0)
@@ -12,7 +22,7 @@ def main() -> None:
         return torch.randn(shape, generator=g, device="cuda").to(dtype)
 
     for shape, options in (((2, 70, 12), {"flip": True}), ((2, 5, 7), {"layout": "interleaved", "causal": False})):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x = randn(*shape, dtype=dtype).requires_grad_()
             params = randn(*shape[:2], 2 * shape[2], dtype=dtype).requires_grad_()
             mask = torch.rand(shape[:2], generator=g, device="cuda") > 0.3
@@ -26,13 +36,18 @@ def main() -> None:
         y = ops.norm(ops.gate(y, gate)[:, : shape[1] // 2], weight[: shape[1] // 2], kind=kind, eps=1e-5)
         torch.autograd.grad(y.sum() + h_out.sum(), (x, h, weight))
     with torch.no_grad():
-        for heads, tokens, d, causal in ((2, 83, 64, True), (1, 200, 32, False), (1, 70, 128, False)):
-            qkv = randn(2, tokens, 3 * heads * d, dtype=torch.bfloat16)
+        for heads, tokens, d, causal, dtype in ATTENTION:
+            qkv = randn(2, tokens, 3 * heads * d, dtype=dtype)
             angle = randn(tokens - 3, d // 2)
             weight = randn(d)
             mask = torch.rand((2, tokens), generator=g, device="cuda") > 0.3
             ops.attention_qkv(qkv, heads=heads, causal=causal, q_norm=weight, k_norm=weight,
                               rope=(angle.cos(), angle.sin()), prefix=3, mask=mask)  # fmt: skip
+        for plan in PLANS:
+            for dtype in (torch.bfloat16, torch.float16):
+                q, k, v = randn(3, 1, 2, 330, 64, dtype=dtype)
+                no_norms = (None, None, 0.0, None, None, 0)
+                torch.ops.biflow.attention_forward(q, k, v, True, 0.125, None, *no_norms, plan)
     torch.cuda.synchronize()
     print("done")
 

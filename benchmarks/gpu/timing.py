@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,8 +18,30 @@ class Call:
     graph: bool = True
 
 
+@dataclass
+class Times:
+    """Median seconds a call; why a call has none."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def row(self, per_call: Callable[[float], dict]) -> dict:
+        """per_call(seconds) of "ours", how many times its time the others take ("x_..."), and what failed."""
+        row, ours = {}, self.seconds.get("ours")
+        if ours is not None:
+            row = per_call(ours) | {f"x_{name}": t / ours for name, t in self.seconds.items() if name != "ours"}
+        if self.failed:
+            row["failed"] = "; ".join(f"{name}: {why}" for name, why in self.failed.items())
+        return row
+
+
+def reason(error: Exception) -> str:
+    """One line, not too long: the rest of a compiler's message helps nobody in a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 class Timer:
-    """Median seconds per call of several calls, in turns A B C, B C A, ...
+    """Median seconds per call of several calls, in turns A B C, B C A, ...; one that fails leaves the others theirs.
 
     Calls that leave the L2 (`cold`) are timed one by one after a write of FLUSH_BYTES; others `calls` in a row in one
     recording. Nothing recorded includes launches from Python; what cannot be recorded is queued and timed likewise.
@@ -29,29 +51,37 @@ class Timer:
         self.device, self.rounds = device, rounds
         self._flush = torch.empty(FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
 
-    def __call__(self, calls: dict[str, Call], *, cold: bool, seconds: float = 2.0) -> dict[str, float]:
-        """seconds: about how long it may take in all; a call that takes long gets fewer rounds, at least three."""
-        if self.device.type != "cuda":
-            return {name: statistics.median(_clock(call.f) for _ in range(2)) for name, call in calls.items()}
-        repeats = 1 if cold else 20
-        ready = {name: self._prepare(call, repeats) for name, call in calls.items()}
-        first = {name: self._event(play, cold) for name, play in ready.items()}
+    def __call__(self, calls: dict[str, Call | Callable[[], Call]], *, cold: bool, seconds: float = 2.0) -> Times:
+        """calls: or functions that make them, where that may fail. seconds: about how long it may take in all; a call
+        that takes long gets fewer rounds, at least three."""
+        repeats = 1 if cold or self.device.type != "cuda" else 20
+        ready, first, times, failed = {}, {}, {name: [] for name in calls}, {}
+        for name, call in calls.items():
+            try:
+                play = self._prepare(call if isinstance(call, Call) else call(), repeats)
+                first[name], ready[name] = self._event(play, cold), play
+            except Exception as error:
+                failed[name] = reason(error)
         rounds = max(3, min(self.rounds, int(seconds / max(sum(first.values()), 1e-6))))
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        names = list(calls)
-        for _ in range(rounds):
-            for name in names:
-                times[name].append(self._event(ready[name], cold) / repeats)
-            names.append(names.pop(0))
-        return {name: statistics.median(t) for name, t in times.items()}
+        names = list(ready)
+        for turn in range(rounds if self.device.type == "cuda" else 1):
+            for name in names[turn % len(names) :] + names[: turn % len(names)] if names else []:
+                try:
+                    if name not in failed:
+                        times[name].append(self._event(ready[name], cold) / repeats)
+                except Exception as error:
+                    failed[name] = reason(error)
+        return Times({name: statistics.median(t) for name, t in times.items() if name not in failed}, failed)
 
     def _prepare(self, call: Call, repeats: int) -> Callable[[], object]:
+        if self.device.type != "cuda":
+            return call.f
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(3):
                 call.f()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        torch.cuda.synchronize(self.device)  # what failed on the GPU is this call's
         if not call.graph:
             return lambda: [call.f() for _ in range(repeats)]
         graph = torch.cuda.CUDAGraph()
@@ -61,6 +91,10 @@ class Timer:
         return graph.replay
 
     def _event(self, play: Callable[[], object], cold: bool) -> float:
+        if self.device.type != "cuda":
+            begin = time.perf_counter()
+            play()
+            return time.perf_counter() - begin
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if cold:
             self._flush.fill_(1.0)
@@ -69,9 +103,3 @@ class Timer:
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) * 1e-3
-
-
-def _clock(f: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
