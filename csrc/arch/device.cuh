@@ -154,7 +154,13 @@ BIFLOW_DEVICE void cp_async_wait() {
 
 // --- global memory ----------------------------------------------------------------------------------------------
 
-// *p = v as one instruction. A plain store may become several: where branches meet, the compiler forgets the alignment.
+template <class Word>
+BIFLOW_DEVICE void store_word(Word* p, Word v) {
+  *p = v;
+}
+
+// The same to global memory, as one instruction. A plain store may become several: where branches meet, the compiler
+// forgets the alignment.
 template <class Word>
 BIFLOW_DEVICE void store_global(Word* p, Word v) {
   const size_t to = __cvta_generic_to_global(p);

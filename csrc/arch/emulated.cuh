@@ -62,9 +62,16 @@ void cp_async_wait() {
 
 // --- global memory ----------------------------------------------------------------------------------------------
 
+// g++ does not check the alignment of assignments to structs.
 template <class Word>
-void store_global(Word* p, Word v) {
+void store_word(Word* p, Word v, EMULATOR_AT) {
+  emulator::require_alignment(p, sizeof(Word), at);
   *p = v;
+}
+
+template <class Word>
+void store_global(Word* p, Word v, EMULATOR_AT) {
+  store_word(p, v, at);
 }
 
 // --- between blocks ---------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ struct Vector {
 
   BIFLOW_DEVICE void store(T* p) const {
 #pragma unroll
-    for (int i = 0; i < kBytes / kAccess; ++i) reinterpret_cast<word*>(p)[i] = piece(i);
+    for (int i = 0; i < kBytes / kAccess; ++i) arch::store_word(reinterpret_cast<word*>(p) + i, piece(i));
   }
 
   // To global memory, in accesses that stay whole.

@@ -73,7 +73,7 @@ __global__ void hints_kernel(const float4* in, float4* out) {
   const float4 a = __ldg(in + t), b = __ldcg(in + 32 + t), c = __ldcs(in + 64 + t);
   __stcg(out + t, a);
   __stcs(out + 32 + t, b);
-  out[64 + t] = c;
+  arch::store_word(out + 64 + t, c);
 }
 
 template <class T, int n>

@@ -64,6 +64,8 @@ void spin(Location at);
 // --- memory -----------------------------------------------------------------------------------------------------
 
 // 16 bytes; read: false writes zeros.
+// An error unless p is a multiple of `bytes`.
+void require_alignment(const void* p, size_t bytes, Location at);
 void copy_async(void* to, const void* from, bool read, Location at);
 void copy_commit();
 void copy_wait(size_t pending);

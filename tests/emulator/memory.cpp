@@ -157,6 +157,10 @@ void check_written() {
   }
 }
 
+void require_alignment(const void* p, size_t bytes, Location at) {
+  if (address_of(p) % bytes != 0) fail("misaligned store of %zu bytes at %s", bytes, text_of(at).c_str());
+}
+
 bool is_exempt(const void* p) {
   const auto within = [p](const void* begin, const void* end) { return p >= begin && p < end; };
   return within(&__ehdr_start, &_end) || on_a_stack(p) ||
