@@ -64,14 +64,14 @@ void cp_async_wait() {
 
 // g++ does not check the alignment of assignments to structs.
 template <class Word>
-void store_word(Word* p, Word v, EMULATOR_AT) {
-  emulator::require_alignment(p, sizeof(Word), at);
+void store_word(Word* p, Word v) {
+  emulator::require_alignment(p, sizeof(Word));
   *p = v;
 }
 
 template <class Word>
-void store_global(Word* p, Word v, EMULATOR_AT) {
-  store_word(p, v, at);
+void store_global(Word* p, Word v) {
+  store_word(p, v);
 }
 
 // --- between blocks ---------------------------------------------------------------------------------------------

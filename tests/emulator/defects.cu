@@ -63,6 +63,7 @@ const std::map<std::string, Case> kCases = {
     CASE(write_out_of_bounds, 2, false),
     CASE(memory_of_the_host, 2, false),
     CASE(misaligned, 1, false),
+    CASE(misaligned_store, 1, false),
     CASE(null_pointer, 1, false),
     CASE(undefined_shift, 1, false),
     CASE(signed_overflow, 1, false),

@@ -38,6 +38,14 @@ __global__ void misaligned(Arrays a) {
 }
 
 template <bool kCorrect>
+__global__ void misaligned_store(Arrays a) {
+  const int t = threadIdx.x;
+  if (t > 8) return;
+  const auto v = arch::Vector<float, 4>::load(a.in + 4 * t);
+  v.store(a.out + (kCorrect ? 4 : 5) * t);  // misaligned_store
+}
+
+template <bool kCorrect>
 __global__ void null_pointer(Arrays a) {
   const int t = threadIdx.x;
   const float* const from = kCorrect || t != 3 ? a.in + t : nullptr;

@@ -63,9 +63,10 @@ void spin(Location at);
 
 // --- memory -----------------------------------------------------------------------------------------------------
 
-// 16 bytes; read: false writes zeros.
 // An error unless p is a multiple of `bytes`.
-void require_alignment(const void* p, size_t bytes, Location at);
+void require_alignment(const void* p, size_t bytes);
+
+// 16 bytes; read: false writes zeros.
 void copy_async(void* to, const void* from, bool read, Location at);
 void copy_commit();
 void copy_wait(size_t pending);

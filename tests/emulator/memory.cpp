@@ -157,8 +157,9 @@ void check_written() {
   }
 }
 
-void require_alignment(const void* p, size_t bytes, Location at) {
-  if (address_of(p) % bytes != 0) fail("misaligned store of %zu bytes at %s", bytes, text_of(at).c_str());
+void require_alignment(const void* p, size_t bytes) {
+  if (address_of(p) % bytes == 0) return;
+  fail("misaligned access: %zu bytes at %s", bytes, source_of(__builtin_return_address(0)).c_str());
 }
 
 bool is_exempt(const void* p) {

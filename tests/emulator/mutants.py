@@ -200,7 +200,7 @@ class Campaign:
                 after = resource.getrusage(resource.RUSAGE_CHILDREN)
                 if done.returncode != 0:
                     raise SystemExit(f"without a defect, {' '.join(check.words)} fails:\n{done.stdout[-3000:]}")
-                self.limits[check] = 20 + 4 * round(after.ru_utime - before.ru_utime)
+                self.limits[check] = 10 + 3 * round(after.ru_utime - before.ru_utime)
 
     def run(self, mutant: Mutant) -> dict:
         start = time.monotonic()

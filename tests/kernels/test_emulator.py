@@ -41,6 +41,7 @@ MESSAGES = {
     "write_out_of_bounds": ("out of bounds write", "4 bytes before buffer 2"),
     "memory_of_the_host": ("out of bounds write", "memory that the launch was not given"),
     "misaligned": ("misaligned access", ""),
+    "misaligned_store": ("misaligned access: 16 bytes", ""),
     "null_pointer": ("access through a null pointer", ""),
     "undefined_shift": ("shift by more than the bits there are", ""),
     "signed_overflow": ("overflow of a signed product", ""),
@@ -67,8 +68,8 @@ MESSAGES = {
 # Seen without hooks at every access too: these stop the kernel, or would stop the process.
 SEEN_BY_PLAIN = (
     "array_index", "local_index", "divergent_barrier", "barrier_after_return", "deadlock", "divergent_collective",
-    "lane_outside_mask", "lane_returned", "misaligned", "null_pointer", "undefined_shift", "signed_overflow",
-    "division_by_zero", "grid_sync_not_cooperative", "livelock",
+    "lane_outside_mask", "lane_returned", "misaligned", "misaligned_store", "null_pointer", "undefined_shift",
+    "signed_overflow", "division_by_zero", "grid_sync_not_cooperative", "livelock",
 )  # fmt: skip
 
 
