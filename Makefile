@@ -51,9 +51,9 @@ emulator: $(BUILT)
 emulator-test: emulator
 	$(BIN)/python -m pytest tests/kernels
 
-# MUTANTS: how many are drawn (60)
+# MUTANTS: how many are drawn (60); SURVIVORS: how many of them may survive (0)
 mutants: emulator
-	$(BIN)/python -m tests.emulator.mutants $(if $(MUTANTS),--count $(MUTANTS))
+	$(BIN)/python -m tests.emulator.mutants $(if $(MUTANTS),--count $(MUTANTS)) $(if $(SURVIVORS),--survivors $(SURVIVORS))
 
 # Registers, shared memory and instructions of every CUDA kernel.
 cuda-table: $(BUILT)

@@ -208,6 +208,17 @@ def test_far_left_softplus_is_exp(backend):
             assert grad[0, 0, :4].tolist() == [-1.0] * 4
 
 
+def test_softplus_between_the_tails_of_float_and_double(backend):
+    # log softplus(t) differs from t by e^t / 2: by what a double sees, and a float does not
+    a = torch.tensor([-18.0, -20.0, -25.0, -30.0], dtype=torch.float64)
+    x, params = torch.zeros(1, 1, 4, dtype=torch.float64), torch.cat((a, torch.zeros_like(a)))[None, None]
+    weights = torch.zeros_like(x), torch.ones(1, dtype=torch.float64)
+    for direction in ("encode", "decode"):
+        logdet = runner(backend)(direction, x, params, weights, None, dict(scale="softplus", causal=False))[1]
+        exact = -torch.log1p(torch.exp(a + 0.541324854612918)).log().sum()[None]
+        torch.testing.assert_close(logdet, exact, rtol=1e-14, atol=0)
+
+
 def test_hard_clip_gradient_at_its_boundary(backend):
     # as torch.clamp: passes on the closed interval
     a = torch.tensor([-0.75, -0.5, 0.0, 0.5, 0.75])
