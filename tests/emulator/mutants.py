@@ -239,9 +239,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", action="append", metavar="FILE", help="such as attention.cuh; may be given again")
     parser.add_argument("--sync", action="store_true", help="all synchronisations taken away, instead of drawing")
-    parser.add_argument(
-        "--survivors", type=int, default=0, help="as many may survive (default: %(default)s)"
-    )
+    parser.add_argument("--survivors", type=int, default=0, help="as many may survive (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=BUILD / "mutants.json")
     arguments = parser.parse_args()
