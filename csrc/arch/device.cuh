@@ -14,6 +14,7 @@
 // `BIFLOW_DYNAMIC_SHARED(bytes);` is the launch's dynamic shared memory: unsigned char*, 128-byte aligned.
 #define BIFLOW_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define BIFLOW_DEVICE __device__ __forceinline__
+#define BIFLOW_HOST_DEVICE __host__ __device__ __forceinline__
 
 namespace biflow::arch {
 
@@ -25,6 +26,14 @@ inline int multiprocessors() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
+}
+
+// Whether the current device takes cooperative launches.
+inline bool takes_cooperative_launches() {
+  int device = 0, takes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&takes, cudaDevAttrCooperativeLaunch, device);
+  return takes != 0;
 }
 
 // Bytes of shared memory that one block of the current device may ask for.
