@@ -93,7 +93,7 @@ EMULATOR_UNCHECKED inline void store_relaxed(uint32_t* p, uint32_t v, EMULATOR_A
 inline void add_relaxed(uint32_t* p, uint32_t v, EMULATOR_AT) { atomicAdd(p, v, at); }
 inline uint32_t fetch_add_relaxed(uint32_t* p, uint32_t v, EMULATOR_AT) { return atomicAdd(p, v, at); }
 
-inline void spin(EMULATOR_AT) { emulator::spin(at); }
+inline void spin(uint32_t = 0, EMULATOR_AT) { emulator::spin(at); }
 inline void grid_sync(EMULATOR_AT) { emulator::grid_barrier(at); }
 
 // --- arithmetic -------------------------------------------------------------------------------------------------
