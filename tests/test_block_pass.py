@@ -1,5 +1,5 @@
-"""The block's parallel pass over plain weights, which a GPU takes: on the CPU, against reference.block_params in fp64 and
-against the packed kernels."""
+"""The block's parallel pass over plain weights, which a GPU takes: on the CPU, against reference.block_params in fp64
+and against the packed kernels."""
 
 import pytest
 import torch

@@ -58,6 +58,9 @@ class ChainIterate:
         measured = torch.stack([update, residual])
         return measured.masked_fill(~measured.isfinite(), torch.nan)
 
+    def result(self):
+        return self.x
+
 
 def ones(batch, tokens):
     return torch.ones(batch, tokens, 1)
@@ -208,6 +211,9 @@ class Script:
         now = [e[min(self.passes, len(e) - 1)] for e in self.errors]
         self.passes += 1
         return torch.tensor([e if isinstance(e, list) else [e, e] for e in now]).T
+
+    def result(self):
+        return self.x
 
     def run(self, tol=1e-5):
         _, converged, passes = fixed_point(self, self.x, Condition(), 100, tol)

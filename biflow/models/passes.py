@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +59,12 @@ class CudaRecorder:
                 self._done = torch.cuda.Event()
                 self._done.record(stream)
 
-    def record(self, network: nn.Module, method: str, inputs: tuple[Tensor | None, ...], options: dict) -> CudaGraph:
+    def record(self, call: Callable, inputs: tuple[Tensor | None, ...] = ()) -> CudaGraph:
         with _RECORDING:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
                 self._stream = torch.cuda.Stream()
-            return CudaGraph(lambda *t: getattr(network, method)(*t, **options), inputs, self._stream, self._pool)
+            return CudaGraph(call, inputs, self._stream, self._pool)
 
     def wait(self) -> None:
         """Until the graphs' memory may go."""
@@ -181,9 +182,10 @@ class Passes:
         name = (method, precision, shapes, tuple(sorted(options.items())))
         recorded = self._graphs.pop(name, None)
         if recorded is None or not (self._frozen and recorded.period == self._period):
-            places = _places(network)
+            places = places_of(_tensors(network))
             if recorded is None or recorded.places != places:
-                recorded = _Recorded(self._recorder.record(network, method, inputs, options), places)
+                call = functools.partial(getattr(network, method), **options)
+                recorded = _Recorded(self._recorder.record(call, inputs), places)
             recorded.period = self._period
         self._graphs[name] = recorded
         if len(self._graphs) > MAX_GRAPHS:
@@ -199,7 +201,7 @@ class Passes:
         """The module in bf16. Only the layers' linear weights are copies; the other tensors are the module's own."""
         if self._twin is not None and self._frozen and self._twin_period == self._period:
             return self._twin
-        key = (_places(self._module), _hash(self._module))
+        key = (places_of(_tensors(self._module)), _hash(self._module))
         if self._twin is None or self._twin_key[0] != key[0]:
             self._twin = _share(self._module)
             for linear in _linears(self._twin):
@@ -230,9 +232,9 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _places(module: nn.Module) -> tuple:
-    """Where the weights lie: what a graph has recorded of them."""
-    return tuple((t.data_ptr(), t.shape, t.dtype) for t in _tensors(module))
+def places_of(tensors: Iterable[Tensor]) -> tuple:
+    """Where weights lie: what a graph has recorded of them."""
+    return tuple((t.data_ptr(), t.shape, t.dtype) for t in tensors)
 
 
 def _hash(module: nn.Module) -> int | None:

@@ -28,21 +28,20 @@ class BlockPass:
 
     `raw` (B, T, 2D or D) fp32 in data order is what calls write. Guided, the rows of a batch are B conditional and B
     unconditional sequences. In bf16 the layers' linear maps, keys and values are bf16; residual stream, norms, proj_in,
-    proj_out and all sums are fp32. Allocates its buffers here, in the order (layer, key or value, sequence, head, token,
-    channel) those of the keys and values. A value that is not finite may reach all tokens of its sample and window.
+    proj_out and all sums are fp32. A value that is not finite may reach all tokens of its sample and window.
 
-    weights: with `plain`; batch: B. Nothing is checked.
+    weights: with `plain`; batch: B; cache: for keys and values, of `cache_shape` and the precision's dtype; None: its
+    own. Nothing is checked.
     """
 
-    def __init__(self, weights: BlockWeights, given: Condition, batch: int):
+    def __init__(self, weights: BlockWeights, given: Condition, batch: int, cache: Tensor | None = None):
         c, like = weights.config, weights.plain["proj_in.bias"]
         self._weights, self.config, self.batch = weights.plain, c, batch
         self._sequences, self._prefix_tokens = batch * given.passes, given.prefix_tokens
         self._layers = [f"layers.{j}" for j in range(c.layers)]
         self._dtype = DTYPES[weights.precision]
-        tokens, heads = given.prefix_tokens + c.tokens, c.width // c.head_dim
-        shape = (c.layers, 2, self._sequences, heads, tokens, c.head_dim)
-        self._cache = torch.zeros(shape, dtype=self._dtype, device=like.device)
+        shape = cache_shape(c, given, batch)
+        self._cache = torch.zeros(shape, dtype=self._dtype, device=like.device) if cache is None else cache
         columns = c.channels if c.shift_only else 2 * c.channels
         self.raw = like.new_zeros(batch, c.tokens, columns)
         self._added = None if given.tensors[0] is None else like.new_empty(self._sequences, 1, c.width)
@@ -113,7 +112,7 @@ class BlockPass:
 
         keys_only: nothing is wanted but the keys and values.
         """
-        c, w = self.config, self._weights
+        c = self.config
         last, delta = first + h.shape[1], None
         for layer, (keys, values) in zip(self._layers, self._cache, strict=True):
             x, h = self._norm(f"{layer}.norm1", h, delta)
@@ -154,6 +153,12 @@ class BlockPass:
             parts = [(slice(0, self.batch), scale), (slice(self.batch, None), scale / self._temperature)]
         o = [attention(q[part], k[part], v[part], causal=True, scale=s).transpose(1, 2).flatten(2) for part, s in parts]
         return o[0] if len(o) == 1 else torch.cat(o)
+
+
+def cache_shape(config: BlockConfig, given: Condition, batch: int) -> tuple[int, ...]:
+    """(layer, key or value, sequence, head, token with the prefix before, channel)"""
+    tokens = given.prefix_tokens + config.tokens
+    return config.layers, 2, batch * given.passes, config.width // config.head_dim, tokens, config.head_dim
 
 
 def _guidance_by_token(config: BlockConfig, guidance: float, anneal: bool, like: Tensor) -> Tensor:
