@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: it records the kernels of a call and the memory that they work on, not the call."""
+"""A stand-in for CUDA graphs on a CPU: it records the kernels of a call, and the memory that they work on."""
 
 import contextlib
 
