@@ -59,4 +59,4 @@ class Recorder:
         return self.graphs[-1]
 
     def wait(self):
-        assert not self.busy
+        pass

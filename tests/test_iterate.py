@@ -289,6 +289,30 @@ def test_an_error_leaves_nothing_behind(monkeypatch, when, workspace):
     assert len({id(s.caches) for s in states(flow)}) == 1
 
 
+def test_other_kinds_of_decode_make_room(monkeypatch, workspace):
+    """Where memory runs out, states that nobody uses go, and it is tried once more."""
+    flow = small_flow()
+    z, block = noise(flow), flow.blocks[0]
+    flow.decode(z[:1], Y[:1], solver="jacobi")
+    used = block.iterate(z[:2], Condition(Y[:2]))
+    make, room = module._make_state, []
+
+    def scarce(*args):
+        if sum(len(b._iterates._states) for b in flow.blocks) > 1:
+            raise torch.OutOfMemoryError
+        room.append(1)
+        return make(*args)
+
+    monkeypatch.setattr(module, "_make_state", scarce)
+    third = block.iterate(z, Condition(Y))
+    assert room == [1]
+    assert [len(b._iterates._states) for b in flow.blocks] == [2, 0], "the one in use and the new one"
+    assert third.update(0, 25).isfinite().all()
+    assert used.update(0, 25).isfinite().all()
+    with pytest.raises(torch.OutOfMemoryError):
+        block.iterate(z[:3], Condition(Y[:3]))
+
+
 def test_bad_conditions_are_named():
     flow = small_flow(context_dim=5)
     block, z = flow.blocks[0], noise(flow)

@@ -341,6 +341,28 @@ def test_training_goes_on_after_a_pass():
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_a_pool_ends_with_its_last_graph(monkeypatch):
+    """torch refuses to record into a pool whose graphs have all gone, and wants graphs that share one on one stream."""
+
+    class Graph:
+        def __init__(self, call, inputs, stream, pool):
+            self.given = stream, pool
+
+    handles = iter("abc")
+    monkeypatch.setattr(passes, "CudaGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    recorder = passes.CudaRecorder()
+    first = recorder.record(None)
+    second = recorder.record(None)
+    assert first.given == second.given == (first.given[0], "a")
+    stream = first.given[0]
+    del first
+    assert recorder.record(None).given == (stream, "a")
+    del second
+    assert recorder.record(None).given == (stream, "b")
+
+
 def test_density_in_bf16(recorder):
     """What `TarFlow.encode(precision=)` calls on a GPU: z and logdet fp32, no further off than under autocast."""
     flow, x = make_flow(), torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1

@@ -3,6 +3,7 @@
 On a GPU both are one CUDA graph for each window, kept with their buffers from one decode to the next.
 """
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -80,6 +81,7 @@ class Workspace:
     def __init__(self, device: torch.device):
         self.device, self.lock, self.recorder = device, threading.RLock(), CudaRecorder()
         self._caches: weakref.WeakSet[Caches] = weakref.WeakSet()  # those of the blocks' states
+        self.users: weakref.WeakSet[Iterates] = weakref.WeakSet()
 
     def caches(self, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Caches:
         """Caches that no iteration has, now taken."""
@@ -91,6 +93,13 @@ class Workspace:
         caches = Caches(name, [torch.zeros(shape, dtype=dtype, device=self.device) for dtype in dtypes])
         self._caches.add(caches)
         return caches
+
+    def reclaim(self) -> None:
+        """Free the memory of all states that no iteration uses."""
+        self.recorder.wait()
+        for user in self.users:
+            user.drop_unused()
+        torch.cuda.empty_cache()
 
 
 _WORKSPACES: dict[torch.device, Workspace] = {}
@@ -192,7 +201,7 @@ class _Weights:
     period: int | None = None  # when they were last compared, if that was inside `frozen`
 
 
-@dataclass
+@dataclass(eq=False)
 class Iterates:
     """What a block keeps for its iterations on a GPU: bf16 weights, and states with their graphs.
 
@@ -209,6 +218,9 @@ class Iterates:
         for device in {w.own.device for w in self._weights.values()}:
             workspace(device).recorder.wait()
         self._weights, self._states = {}, []
+
+    def drop_unused(self) -> None:
+        self._states = [s for s in self._states if s.caches.taken]
 
     def start(self, block: "Block", z: Tensor, precisions: tuple[str, ...], options: dict, period: int | None):
         """A `GraphIterate` towards the inverse of z, with drafts if there are two precisions.
@@ -254,18 +266,30 @@ class Iterates:
 
     def _state(self, space: Workspace, name: tuple, weights: tuple, z: Tensor, given) -> State:
         """One of that name whose caches are free, taken."""
+        space.users.add(self)
         self._states = [s for s in self._states if s.name != name or s.reads(weights)]
         state = next((s for s in self._states if s.name == name and not s.caches.taken), None)
-        if state is None:
-            shape = cache_shape(weights[0].config, given, z.shape[0])
-            caches = space.caches(shape, tuple(DTYPES[w.precision] for w in weights))
-            try:
-                state = State(name, weights, z, given, caches)
-            except BaseException:
-                caches.give_back()
-                raise
-        else:
+        if state is not None:
             self._states.remove(state)
             state.caches.taken = True
+        else:
+            make = functools.partial(_make_state, space, name, weights, z, given)
+            try:
+                state = make()
+            except torch.OutOfMemoryError:  # other kinds of decode may hold it
+                state = None
+            if state is None:
+                space.reclaim()
+                state = make()
         self._states = [*self._states, state][-MAX_STATES:]
         return state
+
+
+def _make_state(space: Workspace, name: tuple, weights: tuple, z: Tensor, given) -> State:
+    shape = cache_shape(weights[0].config, given, z.shape[0])
+    caches = space.caches(shape, tuple(DTYPES[w.precision] for w in weights))
+    try:
+        return State(name, weights, z, given, caches)
+    except BaseException:
+        caches.give_back()
+        raise

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class CudaRecorder:
 
     def __init__(self):
         self._pool = None
+        self._graphs: weakref.WeakSet[CudaGraph] = weakref.WeakSet()  # those in the pool
         self._stream: torch.cuda.Stream | None = None  # of every recording: only then do graphs share memory
         self._done: torch.cuda.Event | None = None  # the last turn's work
 
@@ -61,10 +63,13 @@ class CudaRecorder:
 
     def record(self, call: Callable, inputs: tuple[Tensor | None, ...] = ()) -> CudaGraph:
         with _RECORDING:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
+            if self._stream is None:
                 self._stream = torch.cuda.Stream()
-            return CudaGraph(call, inputs, self._stream, self._pool)
+            if not self._graphs:  # torch refuses a pool whose graphs have all gone
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = CudaGraph(call, inputs, self._stream, self._pool)
+            self._graphs.add(graph)
+            return graph
 
     def wait(self) -> None:
         """Until the graphs' memory may go."""
