@@ -21,6 +21,7 @@ MUST_USE = {
         "16-byte loads": r"LDG\..*128",
         "16-byte stores": r"STG\..*128",
     },
+    "jacobi_step<4>": {"16-byte loads": r"LDG\..*128", "16-byte stores": r"STG\..*128"},
     "attention_kernel": {
         "tensor cores": r"HMMA\.16816\.F32",
         "ldmatrix": r"LDSM\.16\.MT88\.4",

@@ -35,6 +35,9 @@ def main() -> None:
         y, h_out = ops.add_norm(x, h, weight, weight if kind == "layernorm" else None, kind=kind, eps=1e-5)
         y = ops.norm(ops.gate(y, gate)[:, : shape[1] // 2], weight[: shape[1] // 2], kind=kind, eps=1e-5)
         torch.autograd.grad(y.sum() + h_out.sum(), (x, h, weight))
+    for shape, layout in (((2, 700, 12), "scale_shift"), ((9, 5, 7), "interleaved")):
+        x, z, raw, moved = randn(*shape), randn(*shape), randn(*shape[:2], 2 * shape[2]), randn(2, shape[0])
+        ops.jacobi_update_(x, z, raw, moved, start=1, stop=shape[1], layout=layout, flip=True)
     with torch.no_grad():
         for heads, tokens, d, causal, dtype in ATTENTION:
             qkv = randn(2, tokens, 3 * heads * d, dtype=dtype)
@@ -48,6 +51,7 @@ def main() -> None:
                 q, k, v = randn(3, 1, 2, 330, 64, dtype=dtype)
                 no_norms = (None, None, 0.0, None, None, 0)
                 torch.ops.biflow.attention_forward(q, k, v, True, 0.125, None, *no_norms, plan)
+                ops.attention(q[:, :, 199:], k, v, causal=True)
     torch.cuda.synchronize()
     print("done")
 
