@@ -120,6 +120,7 @@ std::vector<int64_t> decode_block_buffers(int64_t batch, bool guided, int64_t pr
   p.shape = biflow::make_shape(tokens, channels, width, layers, head_dim, mlp_hidden, "rmsnorm", "gelu", false, false,
                                false, start_token, shift_only, precision);
   check_size(batch, tokens);
+  STD_TORCH_CHECK(batch >= 1 && prefix_tokens >= 0, "decode_block: expected at least 1 sample, got ", batch);
   p.B = batch;
   p.condition.guided = guided, p.condition.prefix_tokens = static_cast<int>(prefix_tokens);
   static float never_read[2];

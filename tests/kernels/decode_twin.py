@@ -188,7 +188,10 @@ class Twin:
         name = f"layers.{at.layer}"
         if at.phase == "fc2":
             return {"x": before["x"] + self._linear(before["h"], f"{name}.fc2")}
-        identity = {f"{name}.fc2.weight": torch.eye(self.c.mlp_hidden).double(), f"{name}.fc2.bias": torch.zeros(1).double()}
+        identity = {
+            f"{name}.fc2.weight": torch.eye(self.c.mlp_hidden).double(),
+            f"{name}.fc2.bias": torch.zeros(1).double(),
+        }
         first = {n: self._rounded(w) if n.endswith("fc1.weight") else w for n, w in self.weights.items()}
         return {"h": self._rounded(_mlp(self._normed(at, before, 2), first | identity, self.c, name))}
 
