@@ -23,13 +23,28 @@ namespace biflow {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// "(2, 3)" of what `at` gives for each of n dimensions.
+template <class At>
+std::string dimensions(int64_t n, At&& at) {
+  std::string text = "(";
+  for (int64_t i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(at(i));
+  return text + (n == 1 ? ",)" : ")");
+}
+
+// float32, on the CPU, of this shape, contiguous; op and what name the argument in the error.
 inline void check_tensor(const char* op, const char* what, const Tensor& t, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", what, " must be float32");
-  STD_TORCH_CHECK(t.device().is_cpu() && t.is_contiguous(), op, ": ", what, " must be contiguous, on the CPU");
-  bool same = t.dim() == static_cast<int64_t>(shape.size());
-  int64_t i = 0;
-  for (int64_t n : shape) same = same && t.size(i++) == n;
-  STD_TORCH_CHECK(same, op, ": ", what, " has the wrong shape");
+  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", what, ": expected float32, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.device().is_cpu(), op, ": ", what, ": expected a CPU tensor, got one on ",
+                  t.device().is_cuda() ? "CUDA" : "another device", " (type ", static_cast<int>(t.device().type()),
+                  ")");
+  const int64_t n = shape.size();
+  bool same = t.dim() == n;
+  for (int64_t i = 0; same && i < n; ++i) same = t.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(same, op, ": ", what, ": expected shape ", dimensions(n, [&](int64_t i) { return shape.begin()[i]; }),
+                  ", got ", dimensions(t.dim(), [&](int64_t i) { return t.size(i); }));
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", what, ": expected a contiguous tensor, got strides ",
+                  dimensions(t.dim(), [&](int64_t i) { return t.stride(i); }));
 }
 
 inline const float* optional_input(const char* op, const char* what, const OptionalTensor& t,
