@@ -86,23 +86,22 @@ inline BlockCondition make_condition(const char* op, const BlockShape& s, int64_
                                      const OptionalTensor& prefix, const OptionalTensor& null_added,
                                      const OptionalTensor& null_prefix, double guidance, const std::string& guide,
                                      bool anneal, double attn_temp) {
-  STD_TORCH_CHECK(guidance >= 0 && attn_temp > 0, op, ": guidance must be >= 0 and attn_temp > 0");
   BlockCondition c;
   c.prefix_tokens = prefix && prefix->dim() == 3 ? static_cast<int>(prefix->size(1)) : 0;
   const int64_t S = c.prefix_tokens, width = s.width;
   c.added = optional_input(op, "added", added, {B, width});
   c.prefix = optional_input(op, "prefix", prefix, {B, S, width});
+  c.guidance = narrowed(op, "guidance", guidance, false);
   c.guided = guidance > 0;
   if (c.guided) {
     c.null_added = optional_input(op, "null_added", null_added, {B, width});
     c.null_prefix = optional_input(op, "null_prefix", null_prefix, {B, S, width});
     STD_TORCH_CHECK(!c.prefix == !c.null_prefix, op, ": prefix and null_prefix go together");
   }
-  c.guidance = static_cast<float>(guidance);
   c.guide_a = guide.find('a') != std::string::npos;
   c.guide_b = guide.find('b') != std::string::npos;
   c.anneal = anneal;
-  c.attn_temp = static_cast<float>(attn_temp);
+  c.attn_temp = narrowed(op, "attn_temp", attn_temp, true);
   return c;
 }
 

@@ -387,6 +387,11 @@ def test_auto_follows_the_policy_by_block():
         ({"guide": ""}, ValueError, "guide: expected 'a', 'b' or 'ab', got ''"),
         ({"anneal": 1}, TypeError, "anneal: expected bool, got int 1"),
         ({"attn_temp": 0.0}, ValueError, "attn_temp: expected a finite number > 0, got 0"),
+        ({"guidance": 1e300}, ValueError, "guidance: expected a finite number >= 0 as float32, got 1e+300"),
+        ({"attn_temp": 1e300}, ValueError, "attn_temp: expected a finite number > 0 as float32, got 1e+300"),
+        ({"attn_temp": 1e-300}, ValueError, "attn_temp: expected a finite number > 0 as float32, got 1e-300"),
+        ({"tol": 1e300}, ValueError, "tol: expected a finite number > 0 as float32, got 1e+300"),
+        ({"tol": 1e-300}, ValueError, "tol: expected a finite number > 0 as float32, got 1e-300"),
     ],
 )  # fmt: skip
 def test_refuses(options, error, message):

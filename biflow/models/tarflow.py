@@ -367,7 +367,7 @@ class TarFlow(PassModule):
         c = self.config
         n = check_count("n", n)
         check_generator(generator)
-        temperature = check_number("temperature", temperature, minimum=0)
+        temperature = check_number("temperature", temperature, minimum=0, single=True)
         if denoise is not None and not isinstance(denoise, bool):
             raise TypeError(f"denoise: expected True, False or None, got {type(denoise).__name__} {denoise!r}")
         if decode_options.get("return_info"):

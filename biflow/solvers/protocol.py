@@ -32,11 +32,11 @@ class Guidance:
     attn_temp: float = 1.0
 
     def __post_init__(self):
-        check_number("guidance", self.scale, minimum=0)  # the name it has in decode
+        check_number("guidance", self.scale, minimum=0, single=True)  # the name it has in decode
         check_fields(self)
         if self.guide not in ("a", "b", "ab"):
             raise ValueError(f"guide: expected 'a', 'b' or 'ab', got {self.guide!r}")
-        check_number("attn_temp", self.attn_temp, above=0)
+        check_number("attn_temp", self.attn_temp, above=0, single=True)
 
 
 @dataclass(frozen=True)
