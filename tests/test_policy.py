@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import yaml
 from tiny import make_flow, make_reverse, noise
 
 import biflow
-from biflow import calibration, checkpoint, cli
+from biflow import calibration, checkpoint, cli, ops
+from biflow.models.layers import device_name
 from biflow.solvers import Condition, Entry, Measurement, Method, Policy, methods
 
 
@@ -68,6 +70,16 @@ def test_newer_entries_replace_those_of_the_same_situation():
     assert new.choose("cpu", "bf16", 1, 0.0) == entry(1, precision="bf16")
 
 
+@pytest.mark.parametrize("other", [{"name": "a server"}, {"threads": 64}])
+def test_entries_of_other_machines_and_threads_are_kept(other):
+    policy = Policy((entry(16, window=2),)).replacing((replace(entry(16, window=4), **other),))
+    assert sorted(e.blocks[0].window for e in policy.entries) == [2, 4]
+    here = {"name": "a machine", "threads": 2}
+    assert policy.choose("cpu", "fp32", 16, 0.0, **here).blocks[0].window == 2
+    assert policy.choose("cpu", "fp32", 16, 0.0, **{**here, **other}).blocks[0].window == 4
+    assert Policy.from_mapping(policy.to_mapping(), 2) == policy
+
+
 # --- files
 
 
@@ -122,7 +134,7 @@ MALFORMED = {
     ),
     "twice": (
         _changed("entries", 0, "batch", value=16),
-        "expected one for each situation, got two for ('cpu', 'fp32', 16, 0.0)",
+        "expected one for each situation, got two for ('cpu', 'a machine', 2, 'fp32', 16, 0.0)",
     ),
 }  # fmt: skip
 
@@ -272,7 +284,9 @@ def test_blocks_are_measured_on_what_they_get(monkeypatch):
 def test_calibration_adds_to_what_is_known(monkeypatch):
     flow = make_flow(num_classes=3, **LONG)
     machine = Machine(monkeypatch, {JACOBI: 1.0})
-    flow.policy = Policy((entry(1, device="cuda", blocks=1), entry(2, blocks=1), entry(64, blocks=1)))
+    here = {"name": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    known = (entry(1, device="cuda", blocks=1), entry(2, blocks=1), entry(64, blocks=1))
+    flow.policy = Policy((known[0], *(replace(e, **here) for e in known[1:])))
     machine.calibrate(flow, batches=(2, 4, 2), guidances=(0.0, 1.0), repetitions=1)
     assert [(e.device, e.batch, e.guidance) for e in flow.policy.entries] == [
         ("cpu", 2, 0.0), ("cpu", 2, 1.0), ("cpu", 4, 0.0), ("cpu", 4, 1.0), ("cpu", 64, 0.0), ("cuda", 1, 0.0),
@@ -396,7 +410,7 @@ def test_the_command_takes_flows_only(tmp_path, capsys):
     assert "expected a TarFlow, got a BiFlow" in capsys.readouterr().err
 
 
-def test_the_same_device_goes_before_the_nearest_batch_and_the_same_threads_decide_last():
+def test_the_same_device_goes_before_the_same_threads_and_both_before_the_nearest_batch():
     def measured(name, threads, batch, window):
         return Entry("cpu", name, threads, "fp32", batch, 0.0, (Measurement("windowed", window, 1, 1.0),))
 
@@ -404,5 +418,19 @@ def test_the_same_device_goes_before_the_nearest_batch_and_the_same_threads_deci
     assert policy.choose("cpu", "fp32", 1, 0.0, name="here").blocks[0].window == 1
     assert policy.choose("cpu", "fp32", 1, 0.0, name="there").blocks[0].window == 2
     assert policy.choose("cpu", "fp32", 1, 0.0, name="elsewhere").blocks[0].window == 2, "better than nothing"
-    equal = Policy((measured("here", 1, 4, 1), measured("here", 8, 16, 2)))
-    assert equal.choose("cpu", "fp32", 8, 0.0, name="here", threads=8).blocks[0].window == 1, "the smaller batch"
+
+    def window(entries, batch, threads):
+        found = {
+            Policy(tuple(order)).choose("cpu", "fp32", batch, 0.0, name="here", threads=threads).blocks[0].window
+            for order in (entries, entries[::-1])
+        }
+        assert len(found) == 1, "whatever their order"
+        return found.pop()
+
+    one, eight = measured("here", 1, 4, 1), measured("here", 8, 64, 2)
+    assert window([one, eight], 4, threads=8) == 2, "though of a farther batch"
+    assert window([one, eight], 64, threads=1) == 1
+    assert window([one, eight], 64, threads=4) == 2, "of other threads, the nearest batch"
+    assert window([measured("there", 8, 4, 3), one], 4, threads=8) == 1, "the device goes first"
+    same = [measured("here", n, 4, n) for n in (1, 2, 8, 32)]
+    assert [window(same, 4, threads=n) for n in (1, 3, 4, 6, 100)] == [1, 2, 2, 8, 32], "of one batch, the nearest"

@@ -105,8 +105,8 @@ def calibrate(
 ) -> None:
     """Measure which solver inverts which block of a flow fastest on this machine, and keep that in the checkpoint.
 
-    Exact decoding follows it (solver "auto"); without it every block is decoded sequentially. What was measured for
-    other devices, precisions, batch sizes and guidances stays in the file.
+    Exact decoding follows it (solver "auto"); without it every block is decoded sequentially. What was measured on
+    other devices or threads, for other precisions, batch sizes and guidances, stays in the file.
     """
     import biflow
     from biflow import checkpoint as files

@@ -78,9 +78,9 @@ class Entry:
             raise ValueError("blocks: expected a method for each block, got none")
 
     @property
-    def situation(self) -> tuple[str, str, int, float]:
+    def situation(self) -> tuple[str, str, int, str, int, float]:
         """What entries are told apart by; the newest measurement of a situation replaces the one before."""
-        return self.device, self.precision, self.batch, self.guidance
+        return self.device, self.name, self.threads, self.precision, self.batch, self.guidance
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,22 @@ class Policy:
     ) -> Entry | None:
         """The entry measured in the most similar situation; None without one of this device type and precision.
 
-        First of the device of that name, then with guidance for guided decodes and without for others, of the nearest
-        batch by |log2 ratio|, the smaller of two, of the nearest guidance, the smaller of two, and of as many threads.
-        What remains equal follows the entries' order.
+        First of the device of that name, then of as many threads, then with guidance for guided decodes and without for
+        others, of the nearest batch by |log2 ratio|, the smaller of two, of the nearest guidance, the smaller of two,
+        and last of the nearest number of threads, likewise. What remains equal follows the entries' order.
         """
 
+        def apart(a: int, b: int) -> float:
+            return max(a, b, 1) / max(min(a, b), 1)
+
         def distance(entry: Entry) -> tuple:
-            larger, smaller = max(entry.batch, batch, 1), min(entry.batch, max(batch, 1))
             return (
                 entry.name != name,
-                (entry.guidance > 0) != (guidance > 0),
-                larger / smaller, entry.batch,
-                abs(entry.guidance - guidance), entry.guidance,
                 entry.threads != threads,
+                (entry.guidance > 0) != (guidance > 0),
+                apart(entry.batch, batch), entry.batch,
+                abs(entry.guidance - guidance), entry.guidance,
+                apart(entry.threads, threads), entry.threads,
             )  # fmt: skip
 
         able = [entry for entry in self.entries if (entry.device, entry.precision) == (device, precision)]
