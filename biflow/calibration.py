@@ -95,7 +95,7 @@ def calibrate(
                 found.append(measurement)
                 bar.update()
             situation = (device.type, device_name(device), torch.get_num_threads(), precision, batch, guidance.scale)
-            entries.append(Entry(*situation, tuple(reversed(found))))
+            entries.append(Entry(*situation, tuple(reversed(found)), tol))
     flow.policy = old.replacing(tuple(entries))
     return flow.policy
 

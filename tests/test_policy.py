@@ -55,11 +55,27 @@ def test_lookup(entries, asked, window):
 def test_methods_of_a_decode():
     policy = Policy((entry(16, window=2),))
     condition = Condition()
-    assert methods(Method("jacobi"), policy, 2, "cpu", 16, condition) == (Method("jacobi"),) * 2
-    assert [m.window for m in methods(None, policy, 2, "cpu", 16, condition)] == [2, 2]
+    assert methods(Method("jacobi"), policy, 2, "cpu", 16, condition, 1e-5) == (Method("jacobi"),) * 2
+    assert [m.window for m in methods(None, policy, 2, "cpu", 16, condition, 1e-5)] == [2, 2]
     for other in (None, Policy(())):
-        assert methods(None, other, 2, "cpu", 16, condition) == (Method("sequential"),) * 2
-    assert methods(None, policy, 2, "cuda", 16, condition) == (Method("sequential"),) * 2
+        assert methods(None, other, 2, "cpu", 16, condition, 1e-5) == (Method("sequential"),) * 2
+    assert methods(None, policy, 2, "cuda", 16, condition, 1e-5) == (Method("sequential"),) * 2
+
+
+def test_what_was_measured_for_a_looser_tolerance_is_not_followed():
+    """Sequential decoding meets any tolerance; how many passes an iteration needs for this one is not known."""
+    kept, lost = [2, 2], [None, None]
+    for measured, precision, asked in (
+        (1e-5, "fp32", {1e-3: kept, 1e-5: kept, 0.99e-5: lost, 1e-7: lost}),
+        (1e-7, "fp32", {1e-5: kept, 1e-7: kept, 1e-8: lost}),
+        (1e-5, "bf16", {1e-1: kept, 1e-7: kept}),  # both count as 1e-2
+        (1e-1, "bf16", {1e-1: kept, 1e-5: lost}),
+    ):
+        policy = Policy((replace(entry(16, precision=precision, window=2), tol=measured),))
+        for tol, windows in asked.items():
+            found = methods(None, policy, 2, "cpu", 16, Condition(precision=precision), tol)
+            assert [m.window for m in found] == windows, (measured, precision, tol)
+            assert {m.solver for m in found} == {"sequential" if windows == lost else "windowed"}
 
 
 def test_newer_entries_replace_those_of_the_same_situation():
@@ -93,6 +109,13 @@ def test_a_policy_is_json_and_back():
     assert Policy.from_mapping({"entries": []}, 7) == Policy(())
 
 
+def test_a_file_without_tolerances_is_one_of_the_default():
+    values = good()
+    for written in values["entries"]:
+        del written["tol"]
+    assert {e.tol for e in Policy.from_mapping(values, 2).entries} == {1e-5}
+
+
 def _changed(*path, value=None, drop=False):
     values = json.loads(json.dumps(good()))
     node = values
@@ -118,6 +141,7 @@ MALFORMED = {
     "precision": (_changed("entries", 0, "precision", value="fp8"), "precision: expected one of fp32, bf16, got 'fp8'"),
     "device": (_changed("entries", 0, "device", value=""), "device: expected a device type"),
     "guidance": (_changed("entries", 0, "guidance", value=-1.0), "guidance: expected a finite number >= 0, got -1"),
+    "tol": (_changed("entries", 0, "tol", value=0), "entries[0]: tol: expected a finite number > 0, got 0"),
     "solver": (
         _changed(*BLOCK, "solver", value="auto"),
         "blocks[0]: solver: expected one of sequential, jacobi, windowed, got 'auto'",

@@ -320,6 +320,7 @@ class TarFlow(PassModule):
                 x.device.type,
                 x.shape[0],
                 condition,
+                tol,
                 name=lambda: device_name(x.device),
                 threads=torch.get_num_threads(),
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from biflow.config import check_fields, check_number, from_mapping, to_mapping
-from biflow.solvers.protocol import SOLVERS, TOL_FLOORS, Condition
+from biflow.solvers.protocol import SOLVERS, TOL, TOL_FLOORS, Condition, effective_tol
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Entry:
     device, name: type ("cpu") and name of the device; threads: of torch, at the time.
     precision, batch, guidance: of the decode; guidance 0 means none.
     blocks: the fastest method of each block in encode order.
+    tol: that the iterative methods met; files that do not say have the default of decode.
     """
 
     device: str
@@ -63,6 +64,7 @@ class Entry:
     batch: int
     guidance: float
     blocks: tuple[Measurement, ...]
+    tol: float = TOL
 
     def __post_init__(self):
         check_fields(self)
@@ -74,6 +76,7 @@ class Entry:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         check_number("guidance", self.guidance, minimum=0)
+        check_number("tol", self.tol, above=0, single=True)
         if not self.blocks:
             raise ValueError("blocks: expected a method for each block, got none")
 
@@ -81,6 +84,15 @@ class Entry:
     def situation(self) -> tuple[str, str, int, str, int, float]:
         """What entries are told apart by; the newest measurement of a situation replaces the one before."""
         return self.device, self.name, self.threads, self.precision, self.batch, self.guidance
+
+    def within(self, tol: float) -> tuple[Method, ...]:
+        """The methods for a decode to `tol`: iterative ones need not meet a tighter one than they were measured with.
+
+        Where they would have to, their passes are not known, and may end in a fallback: those blocks are sequential.
+        """
+        if effective_tol(tol, self.precision) >= effective_tol(self.tol, self.precision):
+            return self.blocks
+        return (Method("sequential"),) * len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -162,6 +174,7 @@ def methods(
     device: str,
     batch: int,
     condition: Condition,
+    tol: float,
     *,
     name: Callable[[], str] = str,
     threads: int = 0,
@@ -169,8 +182,8 @@ def methods(
     """The method of each block, in encode order: the one `asked` for, or (None) that of the policy.
 
     Without a policy, or without an entry in it for this device and precision, every block is decoded sequentially:
-    the one solver that ignores tol and whose time does not depend on the values. name, threads: of the device that
-    decodes; entries that were measured with them are preferred.
+    the one solver that ignores tol and whose time does not depend on the values. So it is where tol is tighter than the
+    entry's. name, threads: of the device that decodes; entries that were measured with them are preferred.
     """
     if asked is not None:
         return (asked,) * num_blocks
@@ -181,4 +194,4 @@ def methods(
         entry = policy.fitting(num_blocks).choose(
             device, condition.precision, batch, condition.guidance.scale, name=name(), threads=threads
         )
-    return (Method("sequential"),) * num_blocks if entry is None else entry.blocks
+    return (Method("sequential"),) * num_blocks if entry is None else entry.within(tol)

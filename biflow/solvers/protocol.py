@@ -11,6 +11,7 @@ from biflow.config import check_fields, check_number
 
 SOLVERS = ("sequential", "jacobi", "windowed", "auto")
 PRECISIONS = ("fp32", "bf16")
+TOL = 1e-5  # of a decode, unless told otherwise
 WINDOW = 16  # tokens a window, unless told otherwise: the fewest for which the pass that confirms a window is no waste
 # The least tolerance that each precision can meet. Passes in bf16 never come to rest: a change of x far below the
 # spacing of bf16 moves some roundings, and those move x by 2e-3 to 4e-3 (docs/measured.md).
