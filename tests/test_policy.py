@@ -235,6 +235,8 @@ class Machine:
         self.seen.append((block, z, condition, tol))
         cost = self.costs.get(key, 100.0)
         self.now += cost[min(self.runs.count(key) - 1, len(cost) - 1)] if isinstance(cost, list) else cost
+        if method.solver != "sequential":
+            block.iterate(z, condition)  # as the real one does: packs what is not packed yet
         x, passes, _ = self.solve(block, z, condition, Method("sequential"), tol)
         return x, passes, (0,) if key in self.lost else ()
 
@@ -279,6 +281,32 @@ def test_candidates_take_turns_and_hopeless_ones_have_one():
     assert machine.runs == [SEQUENTIAL, SEQUENTIAL, JACOBI, WINDOWED] + [SEQUENTIAL, JACOBI] * 3
 
 
+def test_packing_is_not_timed(monkeypatch):
+    """Neither that of the weights nor that of the drafts, which the first iterative run would have to wait for."""
+    machine = Machine(monkeypatch, {SEQUENTIAL: 10.0, JACOBI: 5.0, WINDOWED: 8.0})
+    packed = []
+
+    def pack_block(weights, config, precision, pack=ops.pack_block):
+        packed.append(precision)
+        machine.now += 1000.0
+        return pack(weights, config, precision)
+
+    monkeypatch.setattr(ops, "pack_block", pack_block)
+    monkeypatch.setattr(ops, "has_fast_bf16", lambda: True)
+    (found,) = machine.calibrate(make_flow(**LONG)).entries[0].blocks
+    assert (found.solver, found.ms) == ("jacobi", 5000.0)
+    assert sorted(packed) == ["bf16", "fp32"]
+
+
+def test_guidance_through_the_temperature_alone(monkeypatch):
+    """A model without classes and context has no other."""
+    flow = make_flow(**LONG)
+    machine = Machine(monkeypatch, {JACOBI: 1.0})
+    policy = machine.calibrate(flow, guidances=(0.0, 2.0), attn_temp=0.5, repetitions=1)
+    assert [e.guidance for e in policy.entries] == [0.0, 2.0]
+    assert {condition.guidance.attn_temp for _, _, condition, _ in machine.seen} == {0.5}
+
+
 def test_windows_are_shorter_than_the_block(monkeypatch):
     for size, windows in ((8, []), (10, [16]), (16, [16, 32]), (24, [16, 32, 64, 128])):
         machine = Machine(monkeypatch, {})
@@ -302,7 +330,7 @@ def test_blocks_are_measured_on_what_they_get(monkeypatch):
         x = z * flow.var.sqrt()
         assert torch.equal(given, x if block is first else first.decode_sequential(x, condition))
     assert {id(block) for block, *_ in machine.seen} == {id(first), id(second)}
-    assert (policy.entries[0].batch, policy.entries[0].guidance) == (4, 1.5)
+    assert (policy.entries[0].batch, policy.entries[0].guidance, policy.entries[0].tol) == (4, 1.5, 1e-4)
 
 
 def test_calibration_adds_to_what_is_known(monkeypatch):
@@ -343,13 +371,23 @@ def test_a_calibrated_flow_decodes_as_exactly():
         ({"batches": (1.0,)}, TypeError, "batches: expected an int, got float 1.0"),
         ({"repetitions": 0}, ValueError, "repetitions: expected at least 1, got 0"),
         ({"precisions": ("fp8",)}, ValueError, "precision: expected one of fp32, bf16, got 'fp8'"),
-        ({"precisions": ()}, ValueError, "expected at least one of each, got none"),
-        ({"guidances": ()}, ValueError, "expected at least one of each, got none"),
+        ({"precisions": ()}, ValueError, "precisions: expected at least one, got none"),
+        ({"guidances": ()}, ValueError, "guidances: expected at least one, got none"),
+        ({"batches": 16}, TypeError, "batches: expected a list of ints, got int 16"),
+        ({"batches": "16"}, TypeError, "batches: expected a list of ints, got str '16'"),
+        ({"precisions": "fp32"}, TypeError, "precisions: expected a list of names, got str 'fp32'"),
+        ({"guidances": 1.0}, TypeError, "guidances: expected a list of numbers, got float 1.0"),
+        ({"guidances": ("a",)}, TypeError, "guidance: expected a number, got str 'a'"),
+        ({"seed": "x"}, TypeError, "seed: expected an int, got str 'x'"),
+        ({"attn_temp": 0.0}, ValueError, "attn_temp: expected a finite number > 0, got 0"),
+        ({"tol": 1e-300}, ValueError, "tol: expected a finite number > 0 as float32, got 1e-300"),
         ({"guidances": (-1.0,)}, ValueError, "guidance: expected a finite number >= 0, got -1"),
-        ({"guidances": (1.0,)}, ValueError, "guidances: expected 0 for a model without classes and context"),
+        ({"guidances": (1.0,)}, ValueError,
+         "guidances: expected 0, or attn_temp other than 1, for a model without classes and context, where guidance "
+         "acts through attn_temp alone; got 1"),
         ({"tol": 0.0}, ValueError, "tol: expected a finite number > 0, got 0"),
     ],
-)
+)  # fmt: skip
 def test_calibration_refuses(options, error, message):
     flow = make_flow()
     with pytest.raises(error, match=re.escape(message)):
@@ -387,8 +425,11 @@ def test_the_command_writes_into_the_file(model, capsys):
     )
     assert checkpoint.describe(model)["metadata"]["step"] == 3
     rows = captured.out.splitlines()
-    assert rows[0].split() == ["device", "precision", "batch", "guidance", "block", "solver", "window", "passes", "ms"]
-    assert [row.split()[:5] for row in rows[1:-1]] == [["cpu", p, str(n), str(g), "0"] for p, n, g in situations]
+    words = "device threads precision batch guidance tol block solver window passes ms on"
+    assert rows[0].split() == words.split()
+    assert [row.split()[:7] for row in rows[1:-1]] == [
+        ["cpu", str(torch.get_num_threads()), p, str(n), str(g), "1e-05", "0"] for p, n, g in situations
+    ]
     assert rows[-1] == f"{model}: calibrated"
     assert "calibrate: 100%" in captured.err
     assert cli.main(["info", str(model)]) == 0

@@ -242,18 +242,22 @@ def info(
 
 def _policy_table(policy: "Policy") -> list[str]:
     """A line a block of each entry, below a line of headings."""
-    rows = [("device", "precision", "batch", "guidance", "block", "solver", "window", "passes", "ms")]
+    head = ("device", "threads", "precision", "batch", "guidance", "tol", "block", "solver", "window", "passes", "ms")
+    rows = [(*head, "on")]
     rows += [
         (
             entry.device,
+            str(entry.threads),
             entry.precision,
             str(entry.batch),
             f"{entry.guidance:g}",
+            f"{entry.tol:g}",
             str(index),
             found.solver,
             str(found.window or "-"),
             str(found.passes),
             f"{found.ms:.3g}",
+            entry.name,
         )
         for entry in policy.entries
         for index, found in enumerate(entry.blocks)
