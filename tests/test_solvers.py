@@ -351,6 +351,9 @@ def test_auto_follows_the_policy_by_block():
     assert given.solver == ("sequential",) * 3, "a solver that is asked for is used"
     assert (x - want).abs().max() <= 1e-4
     assert not torch.equal(x, want)
+    tight = flow.decode(z, y, tol=1e-7, return_info=True)[1]
+    assert tight.solver == ("sequential",) * 3, "what was measured at 1e-5 says nothing about 1e-7"
+    assert tight.fallbacks == ((),) * 3
     assert "policy" not in " ".join(flow.state_dict())
     assert copy.deepcopy(flow).policy == flow.policy
     drawn = flow.sample(2, generator=torch.Generator().manual_seed(0), solver="windowed", window=3)
