@@ -43,20 +43,23 @@ def decode(blocks, z, condition, method):
 METHODS = [Method("jacobi"), Method("windowed", 1), Method("windowed", 3), Method("windowed", 16)]
 
 
+@pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-4), ("bf16", 2e-2)])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_all_solvers_agree(name):
+def test_all_solvers_agree(name, precision, apart):
+    """In bf16 to the tolerance of that, in each of two blocks. The certificate, of exact passes, shows its rounding."""
     flow = make_flow(std=0.08, **{**VARIANTS[name], **LONG, "layers_per_block": 1})
     z, (y, context) = noise(flow), make_condition(flow, BATCH)
     plain = Guidance(0.0), Guidance(1.5, attn_temp=0.7), Guidance(1.0, "a", anneal=False), Guidance(1.0, "b")
     for guidance in plain:
-        condition = Condition(y, context, guidance)
+        condition = Condition(y, context, guidance, precision)
         want, info = decode(flow.blocks, z, condition, Method("sequential"))
         assert info.fallbacks == ((), ())
+        allowed = info.residual.max() + 2 * solvers.effective_tol(1e-5, precision)
         for method in METHODS:
             x, info = decode(flow.blocks, z, condition, method)
             assert info.fallbacks == ((), ()), (method, guidance)
-            assert info.residual.max() <= 2e-5, (method, guidance)
-            torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-4)
+            assert info.residual.max() <= allowed, (method, guidance)
+            torch.testing.assert_close(x, want, rtol=apart, atol=apart)
 
 
 @pytest.mark.parametrize("start_token", [False, True])
