@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +128,16 @@ def test_command_writes_rows_limits_table_markdown_and_plot(model, checkout, tmp
     assert found["machine"]["cpu"] in text
     assert sum("fp64" in line for line in printed.splitlines()) == len(rows)
     assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_make_bench_leaves_rows_plot_and_table_in_build(model, tmp_path, monkeypatch):
+    makefile = Path(__file__).parents[1].joinpath("Makefile").read_text()
+    (line,) = re.findall(r"^\t\$\(BIN\)/biflow (bench.*)$", makefile, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build").mkdir()
+    small = ["--quick", "--model", str(model), "--batches", "1", "--precisions", "fp32", "--solvers", "sequential"]
+    assert cli.main([*line.split(), *small]) == 0
+    assert sorted(p.name for p in (tmp_path / "build").iterdir()) == ["decode.json", "decode.md", "decode.png"]
 
 
 def test_configs_of_the_paper_have_the_limits_of_their_shapes(b):
