@@ -120,6 +120,8 @@ def test_command_writes_rows_limits_table_markdown_and_plot(model, checkout, tmp
         assert min(row["ms"], row["limit_us_step"], row["x_eager"], row["x_ml_tarflow"]) > 0
         assert row["x_eager"] == 1 or row["contestant"] != "eager"
         assert row["max_error"] >= row["rms_error"] >= 0
+        assert ("error_over_allowed" in row) == (row["precision"] == "fp32")
+        assert row["contestant"] != "eager" or 0 < row["error_over_allowed"] < 0.5
         assert ("residual" in row) == ("block_passes" in row) == (row["contestant"] == "biflow")
     text = files["md"].read_text()
     table = [line for line in text.splitlines() if line.startswith("| tiny ")]
@@ -243,7 +245,10 @@ def test_bounds_of_errors(b):
         with pytest.raises(b.bench_decode.WrongResult, match="not timed"):
             check(error, **options)
     check(3e-3, iterative=True)
-    check(0.5, precision="bf16")
+    assert "error_over_allowed" not in check(0.5, precision="bf16")
+    rounding, eps = b.bench_decode.Reference([x], "fp64", 1e-6), torch.finfo(torch.float32).eps
+    assert check(3e-6, rounding)["error_over_allowed"] == pytest.approx(3e-6 / (2e-6 + 4 * eps), rel=1e-6)
+    assert "error_over_allowed" not in check(3e-6, b.bench_decode.Reference([x], "eager"))
     check(5e-5, b.bench_decode.Reference([x], "fp64", 1e-5))  # a flow that amplifies eager's rounding, too
 
 
