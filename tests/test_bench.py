@@ -16,8 +16,8 @@ from biflow import cli, solvers
 from biflow.cli import tools
 from biflow.models.layers import patchify
 
-NAMES = ("bench_decode", "bench_decode_block", "calibrated", "flows", "limits", "timing", "peers.compiled",
-         "peers.ml_tarflow")  # fmt: skip
+NAMES = ("bench_decode", "bench_decode_block", "bench_encode", "calibrated", "flows", "limits", "timing",
+         "peers.compiled", "peers.ml_tarflow")  # fmt: skip
 
 # A checkout with ml-tarflow's interface and this repository's oracle behind it.
 CHECKOUT = '''
@@ -343,6 +343,34 @@ def test_wrong_options_are_one_line(line, message, model, tmp_path, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_encode_against_torch(b, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(b.flows.CONFIGS, "S", b.flows.CONFIGS["S"] | {"num_blocks": 2, "layers_per_block": 1})
+    rows = b.bench_encode.run(quick=True, configs=["S"], batches=[2, 3])
+    assert [(r["batch"], r["by"], r["precision"]) for r in rows] == [
+        (n, *way) for n in (2, 3) for way in (("torch", "fp32"), ("packed", "fp32"), ("packed", "bf16"))
+    ]
+    for row in rows:
+        assert (row["op"], row["config"]) == ("encode", "S")
+        assert min(row["ms"], row["x_torch"], row["bits_per_dim_error"]) > 0
+        assert 0 < row["z_rms_error"] <= b.bench_encode.BOUNDS[row["precision"]]
+        assert row["x_torch"] == 1 or row["by"] == "packed"
+    with pytest.raises(ValueError, match="configs: expected some of S, M, L, B/2, got 'XL'"):
+        b.bench_encode.run(configs=["XL"])
+
+
+def test_a_wrong_encode_has_no_time(b, monkeypatch):
+    monkeypatch.setitem(b.flows.CONFIGS, "S", b.flows.CONFIGS["S"] | {"num_blocks": 2, "layers_per_block": 1})
+    encode = biflow.TarFlow.encode
+
+    def wrong(self, x, **options):
+        z, logdet = encode(self, x, **options)
+        return (z * 1.001 if options.get("precision") == "fp32" else z), logdet
+
+    monkeypatch.setattr(biflow.TarFlow, "encode", wrong)
+    with pytest.raises(RuntimeError, match=r"S, batch 2, fp32: encode is 0\.00\d+ from fp64"):
+        b.bench_encode.run(quick=True, configs=["S"], batches=[2])
 
 
 def test_decode_block_on_one_block(b, monkeypatch):
