@@ -405,6 +405,12 @@ def test_refuses(options, error, message):
         make_flow().decode(torch.zeros(1, 4, 4), **options)
 
 
+def test_guidance_itself_refuses_what_fp32_cannot_hold():
+    for fields in ({"scale": 1e300}, {"attn_temp": 1e300}, {"attn_temp": 1e-300}):
+        with pytest.raises(ValueError, match="expected a finite number .* as float32"):
+            Guidance(**fields)
+
+
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_refuses_noise_that_is_not_finite(solver):
     z = torch.zeros(2, 4, 4)
