@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 import biflow
-from biflow import cli, evaluate, presets
+from biflow import cli, evaluate, presets, solvers
 from biflow.cli.common import data_config
 from biflow.train import trainer
 
@@ -86,6 +87,48 @@ def test_sample_options_reach_an_exact_flow(runs, tmp_path):
         assert np.abs(draw(options[0], *options) - plain).max() > 0
     np.testing.assert_array_equal(draw("again", "--class", "all"), plain)
     np.testing.assert_allclose(draw("jacobi", "--solver", "jacobi"), plain, atol=1e-4)
+
+
+def test_sample_certifies_what_an_exact_flow_did(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.models, "BATCH", 3)
+
+    def draw(*options):
+        out = tmp_path / "s.npz"
+        assert cli.main(["sample", f"{runs}/flow", "--n", "7", *options, "--out", str(out)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == f"{out}: 7 images"
+        return np.load(out)["images"], lines[:-1]
+
+    plain, lines = draw()
+    assert lines == []
+    certified, lines = draw("--certify")
+    np.testing.assert_array_equal(certified, plain)
+    assert re.fullmatch(r"largest residual: [\d.]+e-\d+", lines[0])
+    assert lines[1:] == [f"block {i}: sequential, 15 passes, 0 fallbacks" for i in range(2)]
+    images, lines = draw("--solver", "windowed", "--window", "5", "--certify")
+    np.testing.assert_allclose(images, plain, atol=1e-4)
+    assert all(re.fullmatch(rf"block {i}: windowed 5, \d+ passes, 0 fallbacks", lines[1 + i]) for i in range(2))
+    given, original = [], biflow.TarFlow.sample
+    monkeypatch.setattr(biflow.TarFlow, "sample", lambda *a, **o: given.append(o) or original(*a, **o))
+    draw("--solver", "jacobi", "--tol", "1e-3")
+    assert {options["tol"] for options in given} == {1e-3}
+
+
+def test_the_certificate_of_several_batches():
+    def info(residual, names, windows, passes, fallbacks):
+        return solvers.DecodeInfo(torch.tensor(residual), names, windows, passes, fallbacks)
+
+    infos = [
+        info([1e-7, 2e-5], ("jacobi", "windowed"), (None, 8), (9, 30), ((), (0, 1))),
+        info([3e-6], ("jacobi", "sequential"), (None, None), (11, 15), ((0,), ())),
+    ]
+    assert cli.models._certificate(infos) == [
+        "largest residual: 2e-05",
+        "block 0: jacobi, 11 passes, 1 fallbacks",
+        "block 1: windowed 8 or sequential, 30 passes, 2 fallbacks",
+    ]
+    infos[0].residual[0] = torch.nan
+    assert cli.models._certificate(infos)[0] == "largest residual: nan"
 
 
 @pytest.mark.gpu
@@ -267,6 +310,13 @@ BAD = {
     "negative guidance": ("sample {runs}/flow --guidance=-1", "guidance: expected a finite number >= 0, got -1"),
     "guidance not trained": ("sample {runs}/inverse --guidance 9", "guidance: expected at most 2 (as trained), got 9"),
     "solver of an inverse": ("sample {runs}/inverse --solver jacobi", "--solver: expected with an exact flow"),
+    "window of an inverse": ("sample {runs}/inverse --window 4", "--window: expected with an exact flow"),
+    "tol of an inverse": ("sample {runs}/inverse --tol 1e-3", "--tol: expected with an exact flow"),
+    "certificate of an inverse": ("sample {runs}/inverse --certify", "--certify: expected with an exact flow"),
+    "window of another solver": (
+        "sample {runs}/flow --window 4", "window: expected None with solver='auto', which chooses the windows; got 4",
+    ),
+    "tol of nothing": ("sample {runs}/flow --tol 0", "tol: expected a finite number > 0, got 0"),
     "precision of an inverse": ("sample {runs}/inverse --precision fp16", "precision: expected one of fp32, bf16, got"),
     "no-denoise of an inverse": ("sample {runs}/inverse --no-denoise", "--no-denoise: expected with an exact flow"),
     "sample nowhere": ("sample {runs}/inverse --device cuda:99", "device: expected"),

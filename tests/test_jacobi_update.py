@@ -195,10 +195,17 @@ def test_bad_arguments(arguments, error, message):
 def test_the_torch_op_checks_again():
     (x, z, raw, moved), options = op_arguments()
     op = torch.ops.biflow.jacobi_update_
-    with pytest.raises(RuntimeError, match="raw has the wrong shape"):
+    with pytest.raises(RuntimeError, match=r"jacobi_update: raw: expected shape \(2, 6, 10\), got \(2, 6, 5\)"):
         op(x, z, raw[..., :5].contiguous(), moved, **options)
-    with pytest.raises(RuntimeError, match="z must be float32"):
+    with pytest.raises(RuntimeError, match=r"moved: expected shape \(2, 2\), got \(4,\)"):
+        op(x, z, raw, moved.flatten(), **options)
+    with pytest.raises(RuntimeError, match="jacobi_update: z: expected float32, got Double"):
         op(x, z.double(), raw, moved, **options)
+    with pytest.raises(RuntimeError, match=r"z: expected a contiguous tensor, got strides \(30, 1, 6\)"):
+        op(x, z.mT.contiguous().mT, raw, moved, **options)
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # such a call goes to the other device's kernel otherwise
+    with pytest.raises(RuntimeError, match=r"z: expected a CPU tensor, got one on another device \(type 14\)"):
+        op.default.redispatch(cpu, x, z.to("meta"), raw, moved, **options)
     with pytest.raises(RuntimeError, match="expected 0 <= start < stop <= 6, got 4 and 4"):
         op(x, z, raw, moved, **{**options, "start": 4})
     with pytest.raises(RuntimeError, match="unknown clip soft"):

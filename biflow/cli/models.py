@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from biflow.models import BiFlow, TarFlow
-    from biflow.solvers import Policy
+    from biflow.solvers import DecodeInfo, Policy
 
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CKPT", help="A model .safetensors file, or a finished run's folder.")
@@ -38,6 +38,15 @@ def sample(
     solver: Annotated[
         str | None, typer.Option("--solver", help="Exact flow: sequential, jacobi, windowed or auto.  [default: auto]")
     ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", min=1, help="With --solver windowed: tokens a window.  [default: 16]")
+    ] = None,
+    tol: Annotated[
+        float | None, typer.Option("--tol", help="Exact flow: tolerance of the iterative solvers.  [default: 1e-5]")
+    ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Exact flow: print how exact the decode was; costs one encode.")
+    ] = False,
     precision: Annotated[str, typer.Option("--precision", help="Of the decode: fp32 or bf16.")] = "fp32",
     device: Annotated[
         str, typer.Option("--device", help="Where to decode: cpu, or cuda for a learned inverse.")
@@ -65,27 +74,33 @@ def sample(
         limit = getattr(model.config, "max_guidance", 0.0) or 1.0
         guidance = min(1.0, limit) if y is not None else 0.0
     options = {}
+    exact = {"solver": solver, "window": window, "tol": tol, "return_info": certify or None}
+    exact = {name: value for name, value in exact.items() if value is not None}
     if isinstance(model, TarFlow):
-        options |= {"denoise": False if no_denoise else None, "solver": solver or "auto"}
+        options |= {"denoise": False if no_denoise else None, **exact}
     elif no_denoise:
         raise ValueError("--no-denoise: expected with an exact flow; a learned inverse ends in clean images")
-    elif solver is not None:
-        raise ValueError(f"--solver: expected with an exact flow; a learned inverse has one pass; got {solver!r}")
+    elif exact:
+        name, value = next(iter(exact.items()))
+        option = "--certify" if name == "return_info" else f"--{name}"
+        raise ValueError(f"{option}: expected with an exact flow; a learned inverse has one pass; got {value!r}")
     options |= {"guidance": guidance, "temperature": temperature, "generator": torch.Generator().manual_seed(seed)}
     options["precision"] = precision
+    parts, infos = [], []
     with model.frozen():
-        images = torch.cat(
-            [
-                model.sample(
-                    min(BATCH, n - start), None if y is None else y[start : start + BATCH].to(where), **options
-                ).cpu()
-                for start in range(0, n, BATCH)
-            ]
-        )
+        for start in range(0, n, BATCH):
+            labels = None if y is None else y[start : start + BATCH].to(where)
+            drawn = model.sample(min(BATCH, n - start), labels, **options)
+            drawn, *info = drawn if certify else (drawn,)
+            parts.append(drawn.cpu())
+            infos += info
+    images = torch.cat(parts)
     bad = n - int(images.isfinite().flatten(1).all(1).sum())
     if bad:
         typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
     _write(images, y, path)
+    for line in _certificate(infos) if certify else []:
+        typer.echo(line)
     typer.echo(f"{path}: {n} images")
 
 
@@ -105,8 +120,8 @@ def calibrate(
 ) -> None:
     """Measure which solver inverts which block of a flow fastest on this machine, and keep that in the checkpoint.
 
-    Exact decoding follows it (solver "auto"); without it every block is decoded sequentially. What was measured for
-    other devices, precisions, batch sizes and guidances stays in the file.
+    Exact decoding follows it (solver "auto"); without it every block is decoded sequentially. What was measured on
+    other devices or threads, for other precisions, batch sizes and guidances, stays in the file.
     """
     import biflow
     from biflow import checkpoint as files
@@ -240,20 +255,37 @@ def info(
     typer.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip())
 
 
+def _certificate(infos: list["DecodeInfo"]) -> list[str]:
+    """What the decodes of all batches say together: the largest residual and, by block, the most passes of a batch."""
+    import torch
+
+    lines = [f"largest residual: {torch.cat([info.residual for info in infos]).max():.2g}"]
+    for block in range(len(infos[0].solver)):
+        ways = [(info.solver[block], info.window[block]) for info in infos]
+        names = dict.fromkeys(solver if window is None else f"{solver} {window}" for solver, window in ways)
+        passes, lost = max(info.passes[block] for info in infos), sum(len(info.fallbacks[block]) for info in infos)
+        lines.append(f"block {block}: {' or '.join(names)}, {passes} passes, {lost} fallbacks")
+    return lines
+
+
 def _policy_table(policy: "Policy") -> list[str]:
     """A line a block of each entry, below a line of headings."""
-    rows = [("device", "precision", "batch", "guidance", "block", "solver", "window", "passes", "ms")]
+    head = ("device", "threads", "precision", "batch", "guidance", "tol", "block", "solver", "window", "passes", "ms")
+    rows = [(*head, "on")]
     rows += [
         (
             entry.device,
+            str(entry.threads),
             entry.precision,
             str(entry.batch),
             f"{entry.guidance:g}",
+            f"{entry.tol:g}",
             str(index),
             found.solver,
             str(found.window or "-"),
             str(found.passes),
             f"{found.ms:.3g}",
+            entry.name,
         )
         for entry in policy.entries
         for index, found in enumerate(entry.blocks)
@@ -308,6 +340,7 @@ COMMANDS = (
         examples(
             "biflow sample runs/inverse --n 50",
             "biflow sample runs/flow --class 3 --guidance 2 --out threes.png",
+            "biflow sample runs/flow --solver windowed --window 32 --tol 1e-4 --certify",
             "biflow sample runs/inverse/model.safetensors --n 1000 --seed 7 --out samples.npz",
         ),
     ),

@@ -99,7 +99,9 @@ def expected(monkeypatch):
 def test_as_on_a_cpu(place, launches, expected, name):
     flow = place.flow(std=0.05, **VARIANTS[name])
     y, context = make_condition(flow, BATCH)
-    for seed, options in enumerate(({}, dict(guidance=1.5, attn_temp=0.7), dict(guidance=1.0, guide="a", anneal=False))):
+    for seed, options in enumerate(
+        ({}, dict(guidance=1.5, attn_temp=0.7), dict(guidance=1.0, guide="a", anneal=False))
+    ):
         z = noise(flow, seed=seed).cpu()
         for precision, far in (("fp32", 2e-5), ("bf16", 5e-2)):
             given = (place.to(z), place.to(y), place.to(context))
