@@ -344,6 +344,19 @@ def test_inference_mode_and_back():
     flow.encode(torch.zeros(2, 1, 10, 10), Y[:2])[0].sum().backward()  # training goes on
 
 
+def test_another_default_dtype_changes_nothing():
+    flow = small_flow(context_dim=5)
+    y, context = make_condition(flow, BATCH)
+    want = flow.decode(noise(flow), y, context, solver="jacobi", guidance=1.0)
+    z, other = noise(flow), copy.deepcopy(flow)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = other.decode(z, y, context, solver="jacobi", guidance=1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+
+
 def test_threads():
     flow = small_flow()
     z = [noise(flow)[:n] for n in (1, 2, 3, 3)]

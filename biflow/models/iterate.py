@@ -117,8 +117,8 @@ class State:
 
     def __init__(self, name: tuple, weights: tuple[ops.BlockWeights, ...], z: Tensor, given, caches: Caches):
         self.name, self.weights, self.caches = name, weights, caches
-        self.z, self.x = torch.empty(z.shape, device=z.device), torch.empty(z.shape, device=z.device)
-        self.moved = torch.empty(2, z.shape[0], device=z.device)
+        self.z, self.x = z.new_empty(z.shape), z.new_empty(z.shape)
+        self.moved = z.new_empty(2, z.shape[0])
         self.passes = [BlockPass(w, given, z.shape[0], cache) for w, cache in zip(weights, caches.tensors, strict=True)]
         self.graphs: dict[tuple, CudaGraph] = {}
         self._affine = _affine_options(weights[0].config)
