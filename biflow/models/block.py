@@ -12,6 +12,7 @@ from biflow import ops
 from biflow.models.iterate import BlockIterate, GraphIterate, Iterates
 from biflow.models.layers import Layer, class_rows, recording, rope_tables
 from biflow.models.passes import graphable
+from biflow.models.sequential import Sequential
 from biflow.ops import BlockConfig
 from biflow.ops._checks import check_device
 from biflow.ops._weights import weights_key
@@ -58,7 +59,7 @@ class Block(nn.Module):
         self._frozen = 0  # how many times, by whichever thread
         self._looked = False  # whether they have been looked at since
         self._period = 0  # counts what `frozen` opened
-        self._iterates = Iterates()
+        self._iterates, self._sequential = Iterates(), Sequential()  # on a GPU
 
     @property
     def causal(self) -> bool:
@@ -152,6 +153,9 @@ class Block(nn.Module):
 
         Inside `frozen` they are looked at once. torch.compile breaks its graph here: a graph could not tell.
         """
+        if self.proj_in.weight.is_cuda:  # in a graph of the caller's: it packs them each time
+            weights = self.weights()
+            return tuple(ops.pack_block(weights, self.config, p) for p in precisions)
         packed = self._packed  # replaced, never emptied: another thread may be reading it
         if not (self._looked and all(p in packed for p in precisions)):
             check_device("decode: weights", self.proj_in.weight)
@@ -186,6 +190,11 @@ class Block(nn.Module):
                 if self._frozen == 0:
                     self._looked = False
 
+    @property
+    def _open_period(self) -> int | None:
+        """Which `frozen` this is inside of, counted; None: in none."""
+        return self._period if self._frozen else None
+
     def _condition(self, condition: Condition, batch: int) -> dict:
         """The condition as the ops of a packed block take it."""
         prefix, guidance = self.project_context(condition.context, batch), condition.guidance
@@ -212,6 +221,8 @@ class Block(nn.Module):
     def decode_sequential(self, z: Tensor, condition: Condition) -> Tensor:
         """The exact inverse, token by token: z (B,T,D) in data order -> x (B,T,D) in data order."""
         given = self._condition(condition, z.shape[0])
+        if graphable((z,)) and not recording():
+            return self._sequential.decode(self, z, condition.precision, given, self._open_period)
         (weights,) = self.packed(condition.precision)
         return ops.decode_block(z, weights, self.config, **given)
 
@@ -237,15 +248,16 @@ class Block(nn.Module):
         if condition.precision == "fp32" and ops.has_fast_bf16(z.device):
             precisions += ("bf16",)
         if graphable((z,)) and not recording():
-            return self._iterates.start(self, z, precisions, given, self._period if self._frozen else None)
+            return self._iterates.start(self, z, precisions, given, self._open_period)
         weights, *draft = self.packed(*precisions)
         return BlockIterate(weights, draft[0] if draft else None, z, given)
 
     def _apply(self, fn, recurse=True):  # .to(), .cuda(), .double(): do not keep the old weights alive
         self._packed, self._packed_key, self._looked = {}, None, False
         self._iterates.forget()
+        self._sequential.forget()
         return super()._apply(fn, recurse)
 
     def __getstate__(self):  # packed weights and iterations are caches: not copied, not saved
-        caches = {"_packed": {}, "_packed_key": None, "_frozen": 0, "_looked": False, "_iterates": Iterates()}
-        return {**self.__dict__, **caches}
+        caches = {"_packed": {}, "_packed_key": None, "_frozen": 0, "_looked": False}
+        return {**self.__dict__, **caches, "_iterates": Iterates(), "_sequential": Sequential()}

@@ -161,6 +161,13 @@ def plain_weights(state_dict: dict[str, Tensor], config: BlockConfig, precision:
     return {name: t.to(DTYPES[precision]) if name.endswith(linear) else t for name, t in plain.items()}
 
 
+def packed_weights(state_dict: dict[str, Tensor], config: BlockConfig, precision: str) -> Tensor:
+    """The given tensors, without class_embed, in the layout of csrc/block.h for the device that they are on."""
+    weights = [state_dict[name].detach().contiguous() for name in block_shapes(config) if name != "class_embed"]
+    options = dict(_shape_options(config), precision=precision)
+    return torch.ops.biflow.pack_block(weights, tokens=config.tokens, channels=config.channels, **options)
+
+
 def block_weights(
     state_dict: dict[str, Tensor],
     config: BlockConfig,
@@ -182,8 +189,8 @@ def block_weights(
 def pack_block(state_dict: dict[str, Tensor], config: BlockConfig, precision: str = "fp32") -> BlockWeights:
     """A copy of a block's weights in the layout that `decode_block` and `block_params` read (csrc/block.h).
 
-    state_dict: fp32 tensors on one device, exactly the names and shapes of `block_shapes(config)`. On a GPU a copy only
-    where bf16 rounds.
+    state_dict: fp32 tensors on one device, exactly the names and shapes of `block_shapes(config)`. On a GPU
+    `block_params` reads these tensors themselves, and copies only where bf16 rounds.
     precision: "fp32", or "bf16": the layers' weights are rounded to bf16, and what they multiply will be; proj_in,
     proj_out, norms, biases, embeddings and all sums stay fp32.
     Raises ValueError for missing or unexpected names, wrong shapes, another precision or device, TypeError for other
@@ -202,12 +209,9 @@ def pack_block(state_dict: dict[str, Tensor], config: BlockConfig, precision: st
         check_shape(f"pack_block: {name}", state_dict[name], shape)
         check_beside(f"pack_block: {name}", state_dict[name], state_dict["proj_in.bias"].device, "proj_in.bias")
     with torch.no_grad():
-        if state_dict["proj_in.bias"].is_cuda:
-            return block_weights(state_dict, config, precision, None, plain_weights(state_dict, config, precision))
-        weights = [state_dict[name].detach().contiguous() for name in shapes if name != "class_embed"]
-        options = dict(_shape_options(config), precision=precision)
-        packed = torch.ops.biflow.pack_block(weights, tokens=config.tokens, channels=config.channels, **options)
-        return block_weights(state_dict, config, precision, packed, None)
+        on_gpu = state_dict["proj_in.bias"].is_cuda
+        plain = plain_weights(state_dict, config, precision) if on_gpu else None
+        return block_weights(state_dict, config, precision, packed_weights(state_dict, config, precision), plain)
 
 
 def has_fast_bf16(device: torch.device | None = None) -> bool:
@@ -303,6 +307,24 @@ def _condition(weights: BlockWeights, batch: int, y: Tensor | None, context: Ten
     return added, prefix
 
 
+def call_options(weights: BlockWeights, given: Condition) -> dict[str, object]:
+    """The keyword arguments of torch.ops.biflow.decode_block_."""
+    return dict(weights.shape_options, **weights.affine_options, **given.options)
+
+
+def gpu_plan(weights: BlockWeights, batch: int, given: Condition) -> tuple[list[int], int]:
+    """How a decode of `batch` samples is divided on the current GPU (csrc/decode_block.h), and its words of workspace.
+
+    The first number of the plan says whether it is one launch, and not one a phase.
+    """
+    names = ("width", "layers", "head_dim", "mlp_hidden", "start_token", "shift_only", "precision")
+    found = torch.ops.biflow.decode_block_buffers(
+        batch=batch, guided=given.passes == 2, prefix_tokens=given.prefix_tokens, tokens=weights.config.tokens,
+        channels=weights.config.channels, **{name: weights.shape_options[name] for name in names},
+    )  # fmt: skip
+    return found[:6], found[6]
+
+
 @takes_arrays
 def decode_block(
     z: Tensor,
@@ -322,8 +344,9 @@ def decode_block(
 
     For n = 0 .. T-1 in block order: x_n = z_n sigma(clip a_n) + clip b_n, where the raw a_n, b_n are the causal
     transformer's output from x_0 .. x_{n-1} (0 for n = 0 without a start token). The keys and values of earlier tokens
-    are kept, so a step costs one token. On the CPU, in the precision of the packed weights; z, x and all sums are fp32.
-    Each sample's result is bitwise the same in any batch and for any number of threads.
+    are kept, so a step costs one token. In the precision of the packed weights; z, x and all sums are fp32. On a CPU
+    each sample's result is bitwise the same in any batch and for any number of threads; on a GPU it is the same in
+    every run, but the order of attention's sums follows the size of the batch.
 
     z: (B, T, D) float32. weights: from `pack_block`; config: the one they were packed for. y: (B,) int64, -1 (or
     y=None) is the mean over the classes; the range is the caller's to check. context: (B, S, C), already at the block's
@@ -346,7 +369,7 @@ def decode_block(
                 raise ValueError(f"out: expected z itself or no overlap with it, got one {distance} bytes from it")
     given = condition(weights, z.shape[0], y, context, null_context, guidance, guide, anneal, attn_temp)
     tensors = (z.contiguous(), weights.packed, *given.tensors)
-    options = dict(weights.shape_options, **weights.affine_options, **given.options)
+    options = call_options(weights, given)
     if out is None and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and any_requires_grad(*tensors))):
         return torch.ops.biflow.decode_block(*tensors, **options)
     # with nothing to record, the call that has no autograd formula: the formula's Python costs 25 us each time
