@@ -12,7 +12,7 @@ from tqdm import tqdm
 from biflow import solvers
 from biflow.config import check_number
 from biflow.models import TarFlow
-from biflow.models.layers import check_decoding, check_kernels, device_name
+from biflow.models.layers import check_decoding, check_kernels, device_clock, device_name
 from biflow.solvers import Condition, Entry, Guidance, Measurement, Method, Policy
 
 WINDOWS = (16, 32, 64, 128)
@@ -49,7 +49,7 @@ def calibrate(
         repetitions: timed runs of a candidate.
         seed: of z. Labels are 0, 1, ... in turn; context is one token of standard normal numbers.
         progress: show a progress bar with the time left, on stderr.
-        clock: seconds, as a function.
+        clock: seconds, as a function; on a GPU it is read when the GPU has done its work.
 
     Returns:
         The new policy, which `flow.policy` now is. `biflow.save` keeps it in the file.
@@ -79,6 +79,7 @@ def calibrate(
     if not (c.num_classes or c.context_dim) and any(guidance.scale for _, _, guidance in situations):
         raise ValueError("guidances: expected 0 for a model without classes and context, got more")
     device, entries = weight.device, []
+    clock = device_clock(device, clock)
     with (
         torch.autocast(device.type, enabled=False),
         tqdm(total=len(situations) * c.num_blocks, desc="calibrate", unit="block", disable=not progress) as bar,

@@ -78,9 +78,9 @@ class Entry:
             raise ValueError("blocks: expected a method for each block, got none")
 
     @property
-    def situation(self) -> tuple[str, str, int, float]:
+    def situation(self) -> tuple[str, str, str, int, float]:
         """What entries are told apart by; the newest measurement of a situation replaces the one before."""
-        return self.device, self.precision, self.batch, self.guidance
+        return self.device, self.name, self.precision, self.batch, self.guidance
 
 
 @dataclass(frozen=True)
