@@ -252,6 +252,40 @@ def test_compiled_peer_equals_decode(b, classes):
     assert "eager" in peer.notes["compile"]
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
+def test_static_peer_decodes_the_first_tokens_of_a_block(b, dtype, bound):
+    """In block order: of a flipped block the last ones. What an earlier call left in the caches is masked."""
+    flow = make_flow(width=32, head_dim=16, num_blocks=2, layers_per_block=2)
+    z = noise(flow)
+    peer = b.peers_compiled.static_cache(flow, None, len(z), backend=None, dtype=dtype)
+    assert peer.name == "static"
+    for i, block in enumerate(flow.blocks):
+        want = block.decode_sequential(z, solvers.Condition())
+        for part in (slice(None), slice(1, None) if i else slice(3)):
+            got = peer.decode_block(i, z[:, part].contiguous())
+            assert got.dtype == torch.float32
+            assert (got - want[:, part]).abs().max() <= bound
+    assert (want - z).abs().max() > 0.1
+
+
+def test_a_graph_needs_a_gpu(b):
+    with pytest.raises(ValueError, match="graph: expected a flow on a GPU, got one on cpu"):
+        b.peers_compiled.static_cache(make_flow(), None, 1, graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("graph", [False, True])
+def test_static_peer_on_a_gpu(b, graph):
+    flow = make_flow(width=32, head_dim=16, num_blocks=2, layers_per_block=2)
+    z = noise(flow)
+    want = [block.decode_sequential(z, solvers.Condition()) for block in flow.blocks]
+    peer = b.peers_compiled.static_cache(flow.cuda(), None, len(z), backend=None, graph=graph)
+    for _ in range(2):
+        for i, x in enumerate(want):
+            torch.testing.assert_close(peer.decode_block(i, z.cuda()).cpu(), x, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.slow
 def test_compile_is_an_option(model, capsys):
     words = [
