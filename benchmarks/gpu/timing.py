@@ -73,6 +73,18 @@ class Timer:
                     failed[name] = reason(error)
         return Times({name: statistics.median(t) for name, t in times.items() if name not in failed}, failed)
 
+    def few(self, call: Callable[[], object], *, seconds: float = 2.0, most: int = 7) -> float:
+        """Median seconds of a call that takes long and has run before: of as many as fit, at least one.
+
+        From an idle device to an idle device: with its launches, and with what the host waits for in between.
+        """
+        times = []
+        while len(times) < most and (not times or sum(times) + times[-1] <= seconds):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(self._event(call, cold=False))
+        return statistics.median(times)
+
     def _prepare(self, call: Call, repeats: int) -> Callable[[], object]:
         if self.device.type != "cuda":
             return call.f
