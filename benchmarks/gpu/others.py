@@ -48,7 +48,7 @@ def static(subject: Subject, batch: int, precision: str, *, backend: str | None 
 
 
 def ml_tarflow(subject: Subject, batch: int, precision: str, *, path: str) -> Decoder:
-    block = load_model(subject.flow, path).blocks[0].to(subject.device)
+    block = load_model(subject.flow, path).to(subject.device).blocks[0]
 
     def decoder(tokens: int) -> Callable[[], Tensor]:
         z = subject.z(batch, tokens)
