@@ -127,6 +127,8 @@ def run_part(part: Part, seconds: float) -> dict:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
+                if status == AGAIN and time.monotonic() >= until:
+                    return result("timed out")
             if status:
                 return result("failed")
         return result("ok")
