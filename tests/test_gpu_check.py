@@ -90,6 +90,39 @@ def test_what_a_part_that_hangs_started_ends_with_it():
         pytest.fail(f"process {found['output']} lives")
 
 
+@pytest.mark.parametrize("dry", [False, True])
+def test_rates_of_an_earlier_run_serve_a_run_of_some_parts(tmp_path, monkeypatch, dry):
+    """limits are measured again, in the same run; the rates of machine.cu may be those that the file holds."""
+    rows, seen = [{"number": "weights read by all", "mb": 1.0, "gb_s": 2.0}], []
+    (tmp_path / "gpu.json").write_text(json.dumps({"parts": {"machine": {"rows": rows}, "limits": {"rows": [1]}}}))
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "facts", lambda *_: {"device": "gpu", "torch": "t", "commit": "c", "date": "now"})
+
+    def run_part(part, seconds):
+        work = tmp_path / "build" / "gpu-check"
+        seen.append((part.name, json_lines((work / "machine.jsonl").read_text()), [p.name for p in work.iterdir()]))
+        return {"status": "ok", "seconds": 1.0}
+
+    monkeypatch.setattr(check, "run_part", run_part)
+    monkeypatch.setattr(
+        sys, "argv", ["gpu", "--only", "decode", "--out", str(tmp_path), *(["--dry-run"] if dry else [])]
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check.main() == 0
+    assert seen == [("decode", rows, ["machine.jsonl"])]
+    kept = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert (set(kept), kept["machine"]["rows"]) == ({"machine", "limits", "decode"}, rows)
+
+
+def test_a_part_has_what_the_later_ones_leave():
+    one, two = part(seconds=100), part(seconds=150)
+    assert check.allowed(one, [two], 250) == 100
+    assert check.allowed(one, [two], 200) == 100
+    assert check.allowed(one, [two], 525) == 375
+    assert check.allowed(one, [], 525) == 525
+    assert check.allowed(one, [], 50) == 50
+
+
 def test_a_command_knows_when_it_must_have_ended():
     code = "import sys, time; print(float(sys.argv[1]) - time.monotonic())"
     wanted = check.Part("part", 20, ((sys.executable, "-c", code, UNTIL),))
@@ -173,18 +206,18 @@ def test_barriers_are_printed_in_microseconds():
     assert barrier.split() == ["grid", "barrier,", "release", "flag", "132", "0.9137", "-", "-"]
 
 
-def test_long_calls_are_timed_as_often_as_fits():
-    calls = []
-
-    def call(seconds):
-        calls.append(seconds)
-        time.sleep(seconds)
-
-    timer = Timer(torch.device("cpu"))
-    assert 0.2 <= timer.few(lambda: call(0.2), seconds=0.1) < 2
-    assert len(calls) == 1
-    timer.few(lambda: call(0.0), seconds=1.0, most=5)
-    assert len(calls) == 6
+def test_long_calls_are_timed_as_often_as_fits(monkeypatch):
+    """Each from an idle device on."""
+    timer, taken, waits = Timer(torch.device("cpu")), iter([0.2, 9.0, 0.3, 0.1, 0.2, 0.3]), []
+    monkeypatch.setattr(timer, "_event", lambda call, cold: next(taken))
+    assert timer.few(print) == 0.2
+    timer.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    assert timer.few(print, seconds=2.0) == 9.0
+    assert len(waits) == 1
+    assert timer.few(print, seconds=2.0, most=3) == 0.2
+    assert timer.few(print, seconds=0.5) == 0.3
+    assert len(waits) == 1 + 3 + 1
 
 
 def test_failures_before_the_end_of_the_output_are_kept():

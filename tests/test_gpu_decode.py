@@ -185,7 +185,8 @@ def test_ours(bench, precision, who):
 
 @pytest.mark.parametrize(("guess", "timed"), [(1.0, 30), (2.0, 15), (7.0, 3)])
 def test_what_takes_too_long_is_timed_in_part(bench, monkeypatch, guess, timed):
-    """LIMIT is 6 s: two decodes of two blocks, one block, its first tokens."""
+    """Two decodes of two blocks, one block, its first tokens."""
+    monkeypatch.setattr(decode, "LIMIT", 6.0)
     monkeypatch.setattr(decode, "expected", lambda *arguments: guess)
     row = decode.ours(bench, "B/2", 2, "fp32", "sequential")
     assert (row["steps_timed"], row["steps"]) == (timed, 30)
@@ -221,6 +222,7 @@ def test_auto_follows_a_calibration_of_one_block(bench, monkeypatch):
         return Policy((Entry("cpu", "it", 1, precisions[0], batches[0], 0.0, (block,)),))
 
     monkeypatch.setattr(decode, "calibrate", calibrate)
+    monkeypatch.setattr(decode, "CALIBRATION", 12.0)
     bench.known["B/2", 2, "fp32", "sequential"] = 1000.0
     row = decode.ours(bench, "B/2", 2, "fp32", "auto")
     assert (row["method"], row["calibrated_at"]) == ("windowed 8", 2)

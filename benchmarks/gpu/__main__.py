@@ -6,10 +6,10 @@ Parts: build, limits (copy, GEMM), machine (barriers, weight reads), decode (the
 inverse, the density), kernels, conformance (what the emulator stands for), tests (pytest -m gpu), memcheck and
 racecheck (small cases). What decides comes first, in the parts as within them. Each runs in a process of its own; one
 that fails or takes too long is named in the table, keeps the rows it has, and the next goes on; so does a measuring
-part after a row that hangs. Time that a part leaves is that of those after it. Everything goes to FOLDER/<device>.json
-(default: benchmarks/results), after every part; a run of some parts keeps what the file holds of the others. --commit:
-where there is no git. --dry-run: on the CPU, with tiny shapes: shows that the parts run; writes to FOLDER or nowhere.
-Without a GPU the exit status is 2.
+part after a row that hangs. Time that no part needs is that of the next one: with --only there is more. Everything goes
+to FOLDER/<device>.json (default: benchmarks/results), after every part; a run of some parts keeps what the file holds
+of the others. --commit: where there is no git. --dry-run: on the CPU, with tiny shapes: shows that the parts run;
+writes to FOLDER or nowhere. Without a GPU the exit status is 2.
 """
 
 import argparse
@@ -93,6 +93,16 @@ def parts(work: Path, peer: str | None, dry: bool) -> list[Part]:
         sanitizer("racecheck"),
     ]
     return [p for p in every if not dry or p.name in ("limits", "decode", "models", "kernels")]
+
+
+def allowed(part: Part, later: list[Part], left: float) -> float:
+    """Seconds of a part: its own, or what all parts after it leave, if that is more; never more than are left."""
+    return min(left, max(part.seconds, left - sum(p.seconds for p in later)))
+
+
+def hand_over(work: Path, rows: list[dict]) -> None:
+    """Rows of `machine`, to where the parts after it look."""
+    (work / "machine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run_part(part: Part, seconds: float) -> dict:
@@ -196,13 +206,16 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / (re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") + ".json")
         before = json.loads(path.read_text())["parts"] if path.exists() and args.only else {}
-    for part in chosen:
+    if "machine" not in {part.name for part in chosen}:  # a GPU's rates of an earlier run are its rates
+        hand_over(work, before.get("machine", {}).get("rows", []))
+    for i, part in enumerate(chosen):
         print(f"{part.name} ...", flush=True)
         left = deadline - time.monotonic()
-        found[part.name] = one = run_part(part, min(part.seconds, left)) if left > 5 else {"status": "no time left"}
+        seconds = allowed(part, chosen[i + 1 :], left)
+        found[part.name] = one = run_part(part, seconds) if left > 5 else {"status": "no time left"}
         rows = work / f"{part.name}.jsonl"
-        if part.name == "machine":  # where the parts after it look
-            rows.write_text("".join(json.dumps(row) + "\n" for row in json_lines(one.get("output", ""))))
+        if part.name == "machine":
+            hand_over(work, json_lines(one.get("output", "")))
         if rows.exists():
             one["rows"] = json_lines(rows.read_text())
         one["output"] = kept(one.get("output", ""))

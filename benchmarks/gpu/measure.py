@@ -84,6 +84,8 @@ def main() -> int:
     parser.add_argument("--peer-ml-tarflow")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
+    if args.dry_run:
+        torch.set_num_threads(1)  # a second one waits for a core where others compute (docs/measured.md)
     timer, dry, until = Timer(torch.device("cpu" if args.dry_run else "cuda")), args.dry_run, args.until
 
     def rows(part: str) -> list[dict]:

@@ -21,7 +21,7 @@ from .subject import Subject
 from .timing import Timer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SECONDS = 2.0  # of the timed call: as many steps as take that long
+SECONDS = 1.5  # of the timed call: as many steps as take that long
 
 # tokens -> a call that decodes the first so many of the subject's block: x (B,P,D)
 Decoder = Callable[[int], Callable[[], Tensor]]
