@@ -228,7 +228,7 @@ def test_auto_follows_a_calibration_of_one_block(bench, monkeypatch):
     assert (row["method"], row["calibrated_at"]) == ("windowed 8", 2)
     assert row["ms_image_mixed"] == pytest.approx((row["us_step"] + 1000.0) * 15 / 2 / 1e3)
     assert [m.window for m in bench.subject("B/2").flow.policy.entries[0].blocks] == [8, 8]
-    # a block of 2 s: twelve runs are too many, so the batch nearest to it must do
+    # a block of 2 s: eighteen runs are too many, so the batch nearest to it must do
     bench.known["B/2", 64, "fp32", "sequential"] = 2e6 / 15
     row = decode.ours(bench, "B/2", 64, "fp32", "auto")
     assert row["calibrated_at"] == 2

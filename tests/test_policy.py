@@ -254,6 +254,15 @@ def test_candidates_take_turns_and_hopeless_ones_have_one():
     assert machine.runs == [SEQUENTIAL, SEQUENTIAL, JACOBI, WINDOWED] + [SEQUENTIAL, JACOBI] * 3
 
 
+def test_the_first_call_does_not_count_where_it_is_slow(monkeypatch):
+    """A candidate that records a graph at its first call is not hopeless."""
+    monkeypatch.setattr(calibration, "FIRST_IS_SLOW", ("cpu",))
+    machine = Machine(monkeypatch, {SEQUENTIAL: 10.0, JACOBI: [500.0, 5.0], WINDOWED: [500.0, 28.0]})
+    (found,) = machine.calibrate(make_flow(**LONG)).entries[0].blocks
+    assert (found.solver, found.ms) == ("jacobi", pytest.approx(5000.0))
+    assert machine.runs == [SEQUENTIAL, JACOBI, WINDOWED, SEQUENTIAL, JACOBI, WINDOWED] + [SEQUENTIAL, JACOBI] * 3
+
+
 def test_windows_are_shorter_than_the_block(monkeypatch):
     for size, windows in ((8, []), (10, [16]), (16, [16, 32]), (24, [16, 32, 64, 128])):
         machine = Machine(monkeypatch, {})

@@ -44,7 +44,7 @@ from .subject import Subject
 from .timing import Timer
 
 LIMIT = 4.0  # seconds of a row, about: a call that warms up and is checked, and at least one that is timed
-CALIBRATION = 8.0  # seconds
+CALIBRATION = 10.0  # seconds
 TOL = 1e-5  # of the iterative solvers, as in TarFlow.decode
 KERNELS = 12  # rows of a split by kernel
 BYTES = {"fp32": 4, "bf16": 2}
@@ -249,7 +249,7 @@ def calibrated(bench: Bench, subject: Subject, batch: int, precision: str) -> so
     flow, block = subject.flow, subject.block
     sequential = bench.known.get((subject.name, batch, precision, "sequential"))
     seconds = None if sequential is None else sequential * 1e-6 * block.sequential_passes
-    if seconds is None or 12 * seconds <= CALIBRATION:  # six candidates, twice
+    if seconds is None or 18 * seconds <= CALIBRATION:  # six candidates, three times
         with torch.device(subject.device):
             single = TarFlow(dataclasses.replace(flow.config, num_blocks=1)).eval()
         single.blocks[0] = block
