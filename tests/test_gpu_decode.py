@@ -160,6 +160,22 @@ def test_a_whole_decode_is_checked_beyond_its_first_block(bench, monkeypatch):
         decode.ours(bench, "B/2", 2, "fp32", "sequential")
 
 
+def test_later_tokens_are_checked_where_one_block_is_timed(bench, monkeypatch):
+    right = Block.decode_sequential
+
+    def wrong_later(self, z, condition):
+        x = right(self, z, condition)
+        x[:, 12:] += 1
+        return x
+
+    monkeypatch.setattr(Block, "decode_sequential", wrong_later)
+    monkeypatch.setattr(decode, "expected", lambda *arguments: decode.LIMIT)  # one block
+    with pytest.raises(subject.WrongResult, match=r"expected G\(x\) within"):
+        decode.ours(bench, "B/2", 2, "fp32", "sequential")
+    with pytest.raises(subject.WrongResult, match=r"expected G\(x\) within"):
+        decode.phases(bench, "B/2", 2, "fp32")
+
+
 def test_the_first_tokens_are_a_block_of_their_own(bench):
     s = bench.subject("AFHQ")
     assert s.first(16) is s.block
