@@ -17,10 +17,11 @@ from biflow.models.layers import Layer
 class Recorded:
     """Replays a call on static inputs into static outputs; the weights are read where they lay when it was recorded."""
 
-    def __init__(self, network, method, inputs, options):
+    def __init__(self, call, inputs):
         self.inputs = [None if t is None else t.clone() for t in inputs]
+        network, method = call.func.__self__, call.func.__name__
         memory = {id(t): alias(t) for t in [*network.parameters(), *network.buffers()]}
-        self.call = functools.partial(getattr(copy.deepcopy(network, memory), method), **options)
+        self.call = functools.partial(getattr(copy.deepcopy(network, memory), method), **call.keywords)
         self.replays = 0
         self.outputs = self.call(*self.inputs)
 
@@ -338,6 +339,28 @@ def test_training_goes_on_after_a_pass():
     model(Z, Y).sum().backward()
     assert all(p.grad is not None for p in model.groups[0].parameters())
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_pool_ends_with_its_last_graph(monkeypatch):
+    """torch refuses to record into a pool whose graphs have all gone, and wants graphs that share one on one stream."""
+
+    class Graph:
+        def __init__(self, call, inputs, stream, pool):
+            self.given = stream, pool
+
+    handles = iter("abc")
+    monkeypatch.setattr(passes, "CudaGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    recorder = passes.CudaRecorder()
+    first = recorder.record(None)
+    second = recorder.record(None)
+    assert first.given == second.given == (first.given[0], "a")
+    stream = first.given[0]
+    del first
+    assert recorder.record(None).given == (stream, "a")
+    del second
+    assert recorder.record(None).given == (stream, "b")
 
 
 def test_density_in_bf16(recorder):

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +45,7 @@ class CudaRecorder:
 
     def __init__(self):
         self._pool = None
+        self._graphs: weakref.WeakSet[CudaGraph] = weakref.WeakSet()  # those in the pool
         self._stream: torch.cuda.Stream | None = None  # of every recording: only then do graphs share memory
         self._done: torch.cuda.Event | None = None  # the last turn's work
 
@@ -58,12 +61,15 @@ class CudaRecorder:
                 self._done = torch.cuda.Event()
                 self._done.record(stream)
 
-    def record(self, network: nn.Module, method: str, inputs: tuple[Tensor | None, ...], options: dict) -> CudaGraph:
+    def record(self, call: Callable, inputs: tuple[Tensor | None, ...] = ()) -> CudaGraph:
         with _RECORDING:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
+            if self._stream is None:
                 self._stream = torch.cuda.Stream()
-            return CudaGraph(lambda *t: getattr(network, method)(*t, **options), inputs, self._stream, self._pool)
+            if not self._graphs:  # torch refuses a pool whose graphs have all gone
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = CudaGraph(call, inputs, self._stream, self._pool)
+            self._graphs.add(graph)
+            return graph
 
     def wait(self) -> None:
         """Until the graphs' memory may go."""
@@ -181,9 +187,10 @@ class Passes:
         name = (method, precision, shapes, tuple(sorted(options.items())))
         recorded = self._graphs.pop(name, None)
         if recorded is None or not (self._frozen and recorded.period == self._period):
-            places = _places(network)
+            places = places_of(_tensors(network))
             if recorded is None or recorded.places != places:
-                recorded = _Recorded(self._recorder.record(network, method, inputs, options), places)
+                call = functools.partial(getattr(network, method), **options)
+                recorded = _Recorded(self._recorder.record(call, inputs), places)
             recorded.period = self._period
         self._graphs[name] = recorded
         if len(self._graphs) > MAX_GRAPHS:
@@ -199,7 +206,7 @@ class Passes:
         """The module in bf16. Only the layers' linear weights are copies; the other tensors are the module's own."""
         if self._twin is not None and self._frozen and self._twin_period == self._period:
             return self._twin
-        key = (_places(self._module), _hash(self._module))
+        key = (places_of(_tensors(self._module)), _hash(self._module))
         if self._twin is None or self._twin_key[0] != key[0]:
             self._twin = _share(self._module)
             for linear in _linears(self._twin):
@@ -230,9 +237,9 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _places(module: nn.Module) -> tuple:
-    """Where the weights lie: what a graph has recorded of them."""
-    return tuple((t.data_ptr(), t.shape, t.dtype) for t in _tensors(module))
+def places_of(tensors: Iterable[Tensor]) -> tuple:
+    """Where weights lie: what a graph has recorded of them."""
+    return tuple((t.data_ptr(), t.shape, t.dtype) for t in tensors)
 
 
 def _hash(module: nn.Module) -> int | None:
