@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ml_tarflow_checkout import CHECKOUT
 from tiny import make_flow, noise
 from tiny_training import write_images
 
@@ -18,42 +19,6 @@ from biflow.models.layers import patchify
 
 NAMES = ("bench_decode", "bench_decode_block", "bench_encode", "calibrated", "flows", "limits", "timing",
          "peers.compiled", "peers.ml_tarflow")  # fmt: skip
-
-# A checkout with ml-tarflow's interface and this repository's oracle behind it.
-CHECKOUT = '''
-import torch
-from oracle_tarflow import Oracle
-
-class Block:
-    def __init__(self, oracle, index):
-        self.oracle, self.index = oracle, index
-
-    def reverse(self, x, y=None):
-        """Writes into its argument, as it may."""
-        u = x.flip(1) if self.index % 2 else x
-        for t in range(1, u.shape[1]):
-            a, b = self.oracle._network(self.index, u, y, 1.0)
-            u[:, t] = u[:, t] * torch.exp(a[:, t - 1]) + b[:, t - 1]
-        return u.flip(1) if self.index % 2 else u
-
-class Model:
-    def __init__(self, in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, nvp, num_classes):
-        self.size, self.patch, self.count = img_size, patch_size, num_blocks
-
-    def eval(self):
-        return self
-
-    def load_state_dict(self, state):
-        oracle = Oracle(state, 64)
-        self.var, self.blocks = state["var"], [Block(oracle, i) for i in range(self.count)]
-
-    def reverse(self, x, y=None):
-        x = x * self.var.sqrt()
-        for block in reversed(self.blocks):
-            x = block.reverse(x, y)
-        size, patch = (self.size, self.size), self.patch
-        return torch.nn.functional.fold(x.mT, size, patch, stride=patch)
-'''
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +231,40 @@ def test_compiled_peer_equals_decode(b, classes):
         got = peer.decode(flow, z, 3)
         torch.testing.assert_close(got, patchify(want, 2), rtol=1e-5, atol=2e-5)
     assert "eager" in peer.notes["compile"]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
+def test_static_peer_decodes_the_first_tokens_of_a_block(b, dtype, bound):
+    """In block order: of a flipped block the last ones. What an earlier call left in the caches is masked."""
+    flow = make_flow(width=32, head_dim=16, num_blocks=2, layers_per_block=2)
+    z = noise(flow)
+    peer = b.peers_compiled.static_cache(flow, None, len(z), backend=None, dtype=dtype)
+    assert peer.name == "static"
+    for i, block in enumerate(flow.blocks):
+        want = block.decode_sequential(z, solvers.Condition())
+        for part in (slice(None), slice(1, None) if i else slice(3)):
+            got = peer.decode_block(i, z[:, part].contiguous())
+            assert got.dtype == torch.float32
+            assert (got - want[:, part]).abs().max() <= bound
+    assert (want - z).abs().max() > 0.1
+
+
+def test_a_graph_needs_a_gpu(b):
+    with pytest.raises(ValueError, match="graph: expected a flow on a GPU, got one on cpu"):
+        b.peers_compiled.static_cache(make_flow(), None, 1, graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("graph", [False, True])
+def test_static_peer_on_a_gpu(b, graph):
+    flow = make_flow(width=32, head_dim=16, num_blocks=2, layers_per_block=2)
+    z = noise(flow)
+    want = [block.decode_sequential(z, solvers.Condition()) for block in flow.blocks]
+    peer = b.peers_compiled.static_cache(flow.cuda(), None, len(z), backend=None, graph=graph)
+    for _ in range(2):
+        for i, x in enumerate(want):
+            torch.testing.assert_close(peer.decode_block(i, z.cuda()).cpu(), x, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.slow

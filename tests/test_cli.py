@@ -133,17 +133,38 @@ def test_the_certificate_of_several_batches():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_sample_on_a_gpu(runs, tmp_path, capsys):
-    """The noise of a seed is the same as on the CPU."""
-    images = []
+def test_sample_on_a_gpu(runs, tmp_path):
+    """The noise of a seed is the same as on the CPU; the flow decodes and denoises there."""
+    for model in ("inverse", "flow"):
+        images = []
+        for device in ("cpu", "cuda"):
+            out = tmp_path / f"{model}-{device}.npz"
+            assert cli.main(["sample", f"{runs}/{model}", "--n", "4", "--device", device, "--out", str(out)]) == 0
+            images.append(np.load(out)["images"])
+        np.testing.assert_allclose(*images, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_calibrate_and_evaluate_on_a_gpu(runs, tmp_path, capsys):
+    flow = tmp_path / "flow.safetensors"
+    flow.write_bytes((runs / "flow" / "model.safetensors").read_bytes())
+    small = ["--batches", "2", "--repetitions", "1", "--quiet"]
     for device in ("cpu", "cuda"):
-        out = tmp_path / f"{device}.npz"
-        assert cli.main(["sample", f"{runs}/inverse", "--n", "4", "--device", device, "--out", str(out)]) == 0
-        images.append(np.load(out)["images"])
-    np.testing.assert_allclose(*images, atol=1e-3)
-    capsys.readouterr()
-    assert cli.main(["sample", f"{runs}/flow", "--n", "4", "--device", "cuda", "--out", str(out)]) == 2
-    assert "decode with flow.cpu()" in capsys.readouterr().err
+        assert cli.main(["calibrate", str(flow), *small, "--device", device]) == 0
+    model = biflow.load(flow)
+    assert {e.device for e in model.policy.entries} == {"cpu", "cuda"}
+    assert model.policy.choose("cuda", "fp32", 2, 0.0).name == torch.cuda.get_device_name()
+    reports = []
+    for device in ("cpu", "cuda"):
+        capsys.readouterr()
+        words = ["--data", "digits", "--samples", "40", "--guidance", "0", "--device", device]
+        assert cli.main(["evaluate", str(flow), *words]) == 0
+        reports.append(json.loads(capsys.readouterr().out)["exact"])
+    here, there = reports
+    assert there["held_out_nats_per_dim"] == pytest.approx(here["held_out_nats_per_dim"], abs=1e-4)
+    assert there["round_trip_max_error"] < 1e-3
+    assert there["samples"][0]["pixel_std"] == pytest.approx(here["samples"][0]["pixel_std"], abs=1e-3)
 
 
 def test_sampling_moves_model_and_labels_but_not_the_noise(runs, tmp_path, monkeypatch):
@@ -217,6 +238,8 @@ def test_evaluate_flow_and_inverse(runs, tmp_path, capsys, monkeypatch):
     report = json.loads(capsys.readouterr().out)
     assert report["exact"]["round_trip_max_error"] < 1e-4
     assert report["data"]["classifier_held_out_accuracy"] > 0.9
+    assert cli.main(["evaluate", f"{runs}/flow", *small, "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
     out = tmp_path / "report.json"
     line = ["evaluate", f"{runs}/inverse", "--flow", f"{runs}/flow", "--data", "digits", *small, "--out", str(out)]
     assert cli.main(line) == 0
@@ -321,6 +344,8 @@ BAD = {
     "no-denoise of an inverse": ("sample {runs}/inverse --no-denoise", "--no-denoise: expected with an exact flow"),
     "sample nowhere": ("sample {runs}/inverse --device cuda:99", "device: expected"),
     "sample on no device": ("sample {runs}/inverse --device abacus", "device: expected 'cpu'"),
+    "evaluate nowhere": ("evaluate {runs}/flow --device cuda:99", "device: expected"),
+    "evaluate on no device": ("evaluate {runs}/flow --device abacus", "device: expected 'cpu'"),
     "output of another kind": ("sample {runs}/flow --out s.gif", "expected a file ending in .png or .npz"),
     "output nowhere": ("sample {runs}/flow --out {new}/s.png", "--out: expected an existing folder"),
     "inverse alone": ("evaluate {runs}/inverse", "--flow: expected with a learned inverse"),

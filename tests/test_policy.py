@@ -11,14 +11,14 @@ from tiny import make_flow, make_reverse, noise
 
 import biflow
 from biflow import calibration, checkpoint, cli, ops
-from biflow.models.layers import device_name
+from biflow.models.layers import device_clock, device_name
 from biflow.solvers import Condition, Entry, Measurement, Method, Policy, methods
 
 
-def entry(batch=1, *, device="cpu", precision="fp32", guidance=0.0, window=None, blocks=2):
+def entry(batch=1, *, device="cpu", name="a machine", precision="fp32", guidance=0.0, window=None, blocks=2):
     """Told apart by `window` in the tests."""
     method = Measurement("sequential", None, 3, 1.5) if window is None else Measurement("windowed", window, 9, 0.5)
-    return Entry(device, "a machine", 2, precision, batch, guidance, (method,) * blocks)
+    return Entry(device, name, 2, precision, batch, guidance, (method,) * blocks)
 
 
 # --- lookup
@@ -94,6 +94,16 @@ def test_entries_of_other_machines_and_threads_are_kept(other):
     assert policy.choose("cpu", "fp32", 16, 0.0, **here).blocks[0].window == 2
     assert policy.choose("cpu", "fp32", 16, 0.0, **{**here, **other}).blocks[0].window == 4
     assert Policy.from_mapping(policy.to_mapping(), 2) == policy
+
+
+def test_devices_of_one_kind_keep_their_own_entries():
+    """What one GPU measured is not lost when the file is calibrated on another."""
+    first, second = (entry(16, device="cuda", name=name, window=w) for name, w in (("GPU A", 2), ("GPU B", 4)))
+    policy = Policy((first,)).replacing((second,))
+    for known in (first, second):
+        assert policy.choose("cuda", "fp32", 16, 0.0, name=known.name) == known
+    newer = policy.replacing((entry(16, device="cuda", name="GPU A", window=8),))
+    assert {e.name: e.blocks[0].window for e in newer.entries} == {"GPU A": 8, "GPU B": 4}
 
 
 # --- files
@@ -292,7 +302,7 @@ def test_packing_is_not_timed(monkeypatch):
         return pack(weights, config, precision)
 
     monkeypatch.setattr(ops, "pack_block", pack_block)
-    monkeypatch.setattr(ops, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(ops, "has_fast_bf16", lambda device=None: True)
     (found,) = machine.calibrate(make_flow(**LONG)).entries[0].blocks
     assert (found.solver, found.ms) == ("jacobi", 5000.0)
     assert sorted(packed) == ["bf16", "fp32"]
@@ -305,6 +315,15 @@ def test_guidance_through_the_temperature_alone(monkeypatch):
     policy = machine.calibrate(flow, guidances=(0.0, 2.0), attn_temp=0.5, repetitions=1)
     assert [e.guidance for e in policy.entries] == [0.0, 2.0]
     assert {condition.guidance.attn_temp for _, _, condition, _ in machine.seen} == {0.5}
+
+
+def test_the_first_call_does_not_count_where_it_is_slow(monkeypatch):
+    """A candidate that records a graph at its first call is not hopeless."""
+    monkeypatch.setattr(calibration, "FIRST_IS_SLOW", ("cpu",))
+    machine = Machine(monkeypatch, {SEQUENTIAL: 10.0, JACOBI: [500.0, 5.0], WINDOWED: [500.0, 28.0]})
+    (found,) = machine.calibrate(make_flow(**LONG)).entries[0].blocks
+    assert (found.solver, found.ms) == ("jacobi", pytest.approx(5000.0))
+    assert machine.runs == [SEQUENTIAL, JACOBI, WINDOWED, SEQUENTIAL, JACOBI, WINDOWED] + [SEQUENTIAL, JACOBI] * 3
 
 
 def test_windows_are_shorter_than_the_block(monkeypatch):
@@ -346,7 +365,46 @@ def test_calibration_adds_to_what_is_known(monkeypatch):
     found = flow.policy.choose("cpu", "fp32", 2, 0.0)
     assert found.blocks[0].solver == "jacobi"
     assert (found.threads, found.precision) == (torch.get_num_threads(), "fp32")
-    assert found.name
+    assert found.name == here["name"]
+
+
+class Gpu:
+    """A clock, and a GPU that has queued work: 5 s of it are done whenever somebody waits."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.waited_for = 0.0, []
+        monkeypatch.setattr(torch.cuda, "synchronize", self._synchronize)
+
+    def _synchronize(self, device):
+        self.now += 5.0
+        self.waited_for.append(device)
+
+    def clock(self):
+        return self.now
+
+
+def test_a_clock_of_a_gpu_waits_for_its_work(monkeypatch):
+    gpu, device = Gpu(monkeypatch), torch.device("cuda", 1)
+    read = device_clock(device, gpu.clock)
+    assert (read(), read()) == (5.0, 10.0)
+    assert gpu.waited_for == [device] * 2
+    assert device_clock(torch.device("cpu"), gpu.clock) == gpu.clock  # and no call more
+
+
+def test_calibration_times_what_the_device_has_done(monkeypatch):
+    """Each run is read between two waits, whoever brings the clock."""
+    gpu, given = Gpu(monkeypatch), []
+
+    def on_a_gpu(device, clock):
+        given.append(device)
+        return device_clock(torch.device("cuda"), clock)
+
+    monkeypatch.setattr(calibration, "device_clock", on_a_gpu)
+    flow = make_flow(num_blocks=1)
+    policy = biflow.calibrate(flow, batches=(1,), precisions=("fp32",), repetitions=2, clock=gpu.clock)
+    assert given == [torch.device("cpu")]  # where the model is
+    assert policy.entries[0].blocks[0].ms == 5000.0
+    assert len(gpu.waited_for) == 2 * 2 * 3  # sequential and jacobi, three runs each, two looks at the clock
 
 
 def test_a_calibrated_flow_decodes_as_exactly():
@@ -430,6 +488,7 @@ def test_the_command_writes_into_the_file(model, capsys):
     assert [row.split()[:7] for row in rows[1:-1]] == [
         ["cpu", str(torch.get_num_threads()), p, str(n), str(g), "1e-05", "0"] for p, n, g in situations
     ]
+    assert all(row.endswith(device_name(torch.device("cpu"))) for row in rows[1:-1])
     assert rows[-1] == f"{model}: calibrated"
     assert "calibrate: 100%" in captured.err
     assert cli.main(["info", str(model)]) == 0
@@ -459,6 +518,8 @@ def test_the_command_writes_elsewhere(model, tmp_path):
         ("--precision fp32,fp8", "precision: expected one of fp32, bf16, got 'fp8'"),
         ("--guidance=-1", "guidance: expected a finite number >= 0, got -1"),
         ("--tol 0", "tol: expected a finite number > 0, got 0"),
+        ("--device cuda:99", "device: expected"),
+        ("--device abacus", "device: expected 'cpu'"),
         ("--out nowhere/m.safetensors", "--out: expected an existing folder, got nowhere"),
     ],
 )
@@ -467,6 +528,23 @@ def test_the_command_refuses(options, message, model, capsys):
     assert cli.main(["calibrate", str(model), *options.split()]) == 2
     assert message in capsys.readouterr().err
     assert model.read_bytes() == before
+
+
+def test_the_command_measures_where_it_is_told(model, monkeypatch, capsys):
+    line = ["calibrate", str(model), "--batches", "1", "--precision", "fp32", "--repetitions", "1", "--quiet"]
+    assert cli.main([*line, "--device", "cpu"]) == 0
+    assert {e.device for e in biflow.load(model).policy.entries} == {"cpu"}
+    moved = []
+
+    def load(path, device):
+        moved.append(device)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("biflow.ops._checks.local_device", torch.device)
+    monkeypatch.setattr(checkpoint, "load", load)
+    assert cli.main([*line, "--device", "cuda:1"]) == 2
+    assert moved == [torch.device("cuda", 1)]
+    assert "far enough" in capsys.readouterr().err
 
 
 def test_the_command_takes_flows_only(tmp_path, capsys):

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from tiny import BATCH, VARIANTS, make_condition, make_flow, noise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from biflow import ops, solvers
 from biflow.solvers import Condition, Guidance, Measurement, Method
@@ -317,6 +318,31 @@ def test_a_decode_that_overflows_is_not_certified():
     assert not info.residual.max() <= 1e-5
 
 
+class NoLook(TorchDispatchMode):
+    """Refuses what makes a host wait for a GPU: a tensor's value in Python, shapes that depend on values."""
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op._schema.name.removeprefix("aten::") not in self.LOOKS, f"the host looks at a value: {op}"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["tarflow", "classes", "context-and-class-tokens"])
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_a_certified_sequential_decode_makes_no_host_wait(name, guidance):
+    """The blocks are queued one after the other, their residuals with them."""
+    flow = make_flow(**VARIANTS[name])
+    condition = Condition(*make_condition(flow, BATCH), Guidance(guidance))
+    z, plan = noise(flow), [Method("sequential")] * len(flow.blocks)
+    solvers.decode(flow.blocks, z, condition, plan, 1e-5, certify=True)  # packs
+    with torch.no_grad(), NoLook():
+        _, info = solvers.decode(flow.blocks, z, condition, plan, 1e-5, certify=True)
+    assert 0 < info.residual.max() < 1e-4
+    with pytest.raises(AssertionError, match="the host looks at a value"), NoLook():
+        info.residual.max().item()
+
+
 def test_info_counts_passes_per_block():
     _, info = make_flow().decode(torch.zeros(1, 4, 4), return_info=True)
     assert info.solver == ("sequential",) * 3
@@ -407,7 +433,7 @@ def test_refuses(options, error, message):
 
 def test_guidance_itself_refuses_what_fp32_cannot_hold():
     for fields in ({"scale": 1e300}, {"attn_temp": 1e300}, {"attn_temp": 1e-300}):
-        with pytest.raises(ValueError, match="expected a finite number .* as float32"):
+        with pytest.raises(ValueError, match=r"expected a finite number .* as float32"):
             Guidance(**fields)
 
 

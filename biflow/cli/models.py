@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CKPT", help="A model .safetensors file, or a finished run's folder.")
 ]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
 BATCH = 256  # images drawn at once: memory does not grow with --n
 
@@ -48,9 +49,7 @@ def sample(
         bool, typer.Option("--certify", help="Exact flow: print how exact the decode was; costs one encode.")
     ] = False,
     precision: Annotated[str, typer.Option("--precision", help="Of the decode: fp32 or bf16.")] = "fp32",
-    device: Annotated[
-        str, typer.Option("--device", help="Where to decode: cpu, or cuda for a learned inverse.")
-    ] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
@@ -67,8 +66,7 @@ def sample(
         raise ValueError(f"--out: expected a file ending in .png or .npz, got {out!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
-    where = local_device(device)
-    model = load_model(checkpoint).to(where)
+    model, where = load_model(checkpoint, device=device), local_device(device)
     y = _labels(model, label, n)
     if guidance is None:
         limit = getattr(model.config, "max_guidance", 0.0) or 1.0
@@ -116,9 +114,10 @@ def calibrate(
     tol: Annotated[float, typer.Option("--tol", help="Tolerance of the iterative solvers.")] = 1e-5,
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Timed runs of each solver.")] = 7,
     out: Annotated[str | None, typer.Option("--out", help="Write the model here.  [default: in place]")] = None,
+    device: Device = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Measure which solver inverts which block of a flow fastest on this machine, and keep that in the checkpoint.
+    """Measure which solver inverts which block of a flow fastest on a device, and keep that in the checkpoint.
 
     Exact decoding follows it (solver "auto"); without it every block is decoded sequentially. What was measured on
     other devices or threads, for other precisions, batch sizes and guidances, stays in the file.
@@ -136,7 +135,7 @@ def calibrate(
     path = source if out is None else Path(out).expanduser()
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
-    flow = load_model(checkpoint, "TarFlow")
+    flow = load_model(checkpoint, "TarFlow", device=device)
     policy = biflow.calibrate(
         flow,
         batches=sizes,
@@ -165,6 +164,7 @@ def evaluate(
         list[float] | None, typer.Option("--guidance", help="Strength; may be repeated.  [default: 0 1 2 3]")
     ] = None,
     timings: Annotated[bool, typer.Option("--timings", help="Also ms per image of each way of decoding.")] = False,
+    device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Measure a flow, or a learned inverse next to its flow, on held-out data and on samples.
@@ -180,14 +180,14 @@ def evaluate(
     path = None if out is None else Path(out).expanduser()
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, device=device)
     learned = isinstance(model, BiFlow)
     if learned != (flow is not None):
         what = "a learned inverse, which is measured next to its flow" if learned else "a flow"
         raise ValueError(f"--flow: expected {'with' if learned else 'only with a learned inverse, not with'} {what}")
     if timings and not learned:
         raise ValueError("--timings: expected with a learned inverse, whose speed is compared with its flow's")
-    forward = load_model(flow, "TarFlow") if learned else model
+    forward = load_model(flow, "TarFlow", device=device) if learned else model
     config = metrics.EvaluationConfig(
         samples=samples, guidances=tuple(guidance or metrics.EvaluationConfig.guidances), seed=seed
     )
@@ -350,6 +350,7 @@ COMMANDS = (
         examples(
             "biflow calibrate runs/flow",
             "biflow calibrate flow.safetensors --batches 1,256 --guidance 0 --guidance 2 --out calibrated.safetensors",
+            "biflow calibrate runs/flow --device cuda",
         ),
     ),
     (
