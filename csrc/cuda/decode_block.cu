@@ -49,45 +49,8 @@ DecodeState make_state(const DecodeBlockParams& p, const DecodePlan& plan, float
   return s;
 }
 
-template <class Act, int kRowTiles>
-struct Kernels {
-  static size_t shared(const DecodePlan& plan, int width) {
-    return decode_shared(plan.persistent ? kPersistentRing : kPhaseRing, sizeof(Act) == 2, kRowTiles,
-                         plan.norm_in_place ? width : 0)
-        .all();
-  }
-
-  static cudaError_t run(const DecodeState& s, int64_t phases, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(s.plan.blocks)), block(kDecodeThreads);
-    const size_t bytes = shared(s.plan, s.width);
-    if (s.plan.persistent)
-      return arch::launch_cooperative(&decode_block_persistent<Act, kRowTiles>, grid, block, bytes, stream, s);
-    for (DecodePlace at; phases != 0; s.advance(at)) {
-      if (!s.is_run(at)) continue;
-      const auto status = arch::launch(&decode_block_phase<Act, kRowTiles>, grid, block, bytes, stream, s, at);
-      if (status != cudaSuccess || s.is_last(at)) return status;
-      --phases;
-    }
-    return cudaSuccess;
-  }
-};
-
-// Calls f with the kernels for a precision and a number of row tiles.
-template <class F>
-auto with_kernels(Precision precision, int row_tiles, F&& f) {
-  if (precision == Precision::bf16) {
-    if (row_tiles == 4) return f(Kernels<arch::bf16, 4>());
-    if (row_tiles == 2) return f(Kernels<arch::bf16, 2>());
-    return f(Kernels<arch::bf16, 1>());
-  }
-  if (row_tiles == 4) return f(Kernels<float, 4>());
-  if (row_tiles == 2) return f(Kernels<float, 2>());
-  return f(Kernels<float, 1>());
-}
-
 size_t shared_of(const DecodeBlockParams& p, const DecodePlan& plan) {
-  return with_kernels(p.shape.precision, plan.row_tiles,
-                      [&](auto kernels) { return decltype(kernels)::shared(plan, p.shape.width); });
+  return decode_shared(plan, p.shape.precision == Precision::bf16, p.shape.width).all();
 }
 
 bool is_power_of_two_to(int n, int most) { return n > 0 && n <= most && (n & (n - 1)) == 0; }
@@ -157,8 +120,8 @@ int decode_block(const DecodeBlockParams& p, const DecodePlan& plan, float* work
   if (status == cudaSuccess && p.z == p.x)
     status = arch::taken(cudaMemcpyAsync(const_cast<float*>(s.z), p.z, 4 * z_words(p), cudaMemcpyDeviceToDevice, on));
   if (status != cudaSuccess) return status;
-  return with_kernels(p.shape.precision, plan.row_tiles,
-                      [&](auto kernels) { return decltype(kernels)::run(s, phases, on); });
+  return p.shape.precision == Precision::bf16 ? launch_decode<arch::bf16>(s, phases, on)
+                                              : launch_decode<float>(s, phases, on);
 }
 
 }  // namespace biflow::cuda

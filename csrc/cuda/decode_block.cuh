@@ -24,8 +24,6 @@ BIFLOW_DEVICE void run_phase(const DecodeState& s, Products& products, const Dec
   }
 }
 
-constexpr int kPersistentRing = 16, kPhaseRing = 8;  // pieces of weights under way for each thread
-
 template <class Act, int kRowTiles>
 __global__ void __launch_bounds__(kDecodeThreads, 1) decode_block_persistent(const DecodeState s) {
   BIFLOW_DYNAMIC_SHARED(shared);
@@ -47,6 +45,28 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_block_phase(const Decod
   StepProducts<Act, kRowTiles, kPhaseRing> products(s, shared);
   products.weights().start(at, true);
   run_phase<Act>(s, products, at);
+}
+
+template <class Act, int kRowTiles>
+cudaError_t launch_decode_of(const DecodeState& s, int64_t phases, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(s.plan.blocks)), block(kDecodeThreads);
+  const size_t bytes = decode_shared(s.plan, sizeof(Act) == 2, s.width).all();
+  if (s.plan.persistent)
+    return arch::launch_cooperative(&decode_block_persistent<Act, kRowTiles>, grid, block, bytes, stream, s);
+  for (DecodePlace at; phases != 0; s.advance(at)) {
+    if (!s.is_run(at)) continue;
+    const auto status = arch::launch(&decode_block_phase<Act, kRowTiles>, grid, block, bytes, stream, s, at);
+    if (status != cudaSuccess || s.is_last(at)) return status;
+    --phases;
+  }
+  return cudaSuccess;
+}
+
+template <class Act>
+cudaError_t launch_decode(const DecodeState& s, int64_t phases, cudaStream_t stream) {
+  if (s.plan.row_tiles == 4) return launch_decode_of<Act, 4>(s, phases, stream);
+  if (s.plan.row_tiles == 2) return launch_decode_of<Act, 2>(s, phases, stream);
+  return launch_decode_of<Act, 1>(s, phases, stream);
 }
 
 }  // namespace biflow::cuda

@@ -10,12 +10,10 @@
 
 namespace biflow::cuda {
 
-// Largest of what a block's items exchange, in floats: two turns of a warp's sums and weight.
-constexpr int kAttentionExchange = 2 * kDecodeWarps * (256 + 2);
-
 template <class Act>
 class StepAttention {
  public:
+  // exchange: of two turns, each warp's sums, their weight and largest logit.
   BIFLOW_DEVICE StepAttention(const DecodeState& s, float* exchange) : s_(s), exchange_(exchange) {
     while (8 * lanes_ < s.head_stride) lanes_ *= 2;
     group_ = threadIdx.x % 32 / lanes_, channel_ = threadIdx.x % 32 % lanes_ * 8;

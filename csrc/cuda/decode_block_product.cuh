@@ -12,25 +12,6 @@
 
 namespace biflow::cuda {
 
-// Where a block's dynamic shared memory goes, in bytes.
-struct DecodeShared {
-  size_t ring, sums, rows, statistics;
-
-  BIFLOW_HOST_DEVICE size_t all() const { return ring + sums + rows + statistics; }
-};
-
-// in_place: the width of rows that a block normalises for itself, 0 if it does not.
-BIFLOW_HOST_DEVICE DecodeShared decode_shared(int ring, bool bf16, int row_tiles, int in_place) {
-  const size_t sums = static_cast<size_t>(kDecodeWarps) * (bf16 ? 4 * row_tiles : 4) * kRowTile * kFragmentColumns * 4;
-  const size_t exchange = sizeof(float) * kAttentionExchange;
-  // activations of four row tiles and blocks of inputs a warp; or whole rows
-  const size_t rows = static_cast<size_t>(kDecodeWarps) * 4 * kRowTile * kFragmentBytes;
-  const int unit = kDecodeWarps * kFragmentBytes / (bf16 ? 2 : 4);
-  const size_t whole = static_cast<size_t>((in_place + unit - 1) / unit * unit) * kRowTile * 4;
-  return {static_cast<size_t>(ring) * kDecodeThreads * 16, sums > exchange ? sums : exchange,
-          rows > whole ? rows : whole, in_place ? static_cast<size_t>(kRowTile) * kDecodeWarps * 8 : 0};
-}
-
 // Act: of weights, of what they multiply: float or bf16. Lane 4 g + t of a warp.
 template <class Act, int kRowTiles, int kRing>
 class StepProducts {
@@ -48,7 +29,7 @@ class StepProducts {
         g_(threadIdx.x % 32 / 4),
         t_(threadIdx.x % 4),
         weights_(s, reinterpret_cast<uint4*>(shared), owner_) {
-    const DecodeShared part = decode_shared(kRing, kBf16, kRowTiles, s.plan.norm_in_place ? s.width : 0);
+    const DecodeShared part = decode_shared(s.plan, kBf16, s.width);
     sums_ = reinterpret_cast<float*>(shared + part.ring);
     rows_ = reinterpret_cast<float4*>(shared + part.ring + part.sums);
     statistics_ = reinterpret_cast<float2*>(shared + part.ring + part.sums + part.rows);
