@@ -28,8 +28,15 @@ def workspace(monkeypatch):
     monkeypatch.setattr(module, "_WORKSPACES", {})
     monkeypatch.setattr(block_module, "graphable", lambda inputs: True)
     monkeypatch.setattr(ops, "has_fast_bf16", lambda device=None: True)
+    monkeypatch.setattr(block_module.Block, "decode_sequential", sequential)
     yield module.workspace(CPU)
     gc.collect()
+
+
+def sequential(block, z, condition):
+    """`Block.decode_sequential` of a CPU."""
+    (weights,) = block.packed(condition.precision)
+    return ops.decode_block(z, weights, block.config, **block._condition(condition, len(z)))
 
 
 def states(flow):
