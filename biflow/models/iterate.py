@@ -81,7 +81,7 @@ class Workspace:
     def __init__(self, device: torch.device):
         self.device, self.lock, self.recorder = device, threading.RLock(), CudaRecorder()
         self._caches: weakref.WeakSet[Caches] = weakref.WeakSet()  # those of the blocks' states
-        self.users: weakref.WeakSet[Iterates] = weakref.WeakSet()
+        self.users: weakref.WeakSet[States] = weakref.WeakSet()
 
     def caches(self, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Caches:
         """Caches that no iteration has, now taken."""
@@ -94,11 +94,16 @@ class Workspace:
         self._caches.add(caches)
         return caches
 
-    def reclaim(self) -> None:
-        """Free the memory of all states that no iteration uses."""
+    def allocate(self, make: Callable):
+        """make(), once more without the memory of all states that nobody uses if there is not enough."""
+        try:
+            return make()
+        except torch.OutOfMemoryError:  # other kinds of decode may hold it
+            pass
         for user in self.users:
             user.keep(self, [s for s in user.states if s.caches.taken])
         torch.cuda.empty_cache()
+        return make()
 
 
 _WORKSPACES: dict[torch.device, Workspace] = {}
@@ -201,7 +206,33 @@ class _Weights:
 
 
 @dataclass(eq=False)
-class Iterates:
+class States:
+    """What a block keeps for its last few kinds of decode on a GPU: objects with a `name` and with `caches`."""
+
+    states: list = field(default_factory=list)  # the one used longest ago first
+
+    def keep(self, space: Workspace, states: list) -> None:
+        """Drop the other states, whose memory may go when what is on its way to the GPU is done."""
+        if len(states) < len(self.states):
+            space.recorder.wait()
+        self.states = states
+
+    def take(self, space: Workspace, name: tuple, make: Callable):
+        """A state of that name whose caches are free, or one that is made; its caches are taken."""
+        space.users.add(self)
+        state = next((s for s in self.states if s.name == name and not s.caches.taken), None)
+        if state is not None:
+            self.states.remove(state)
+            state.caches.taken = True
+        else:
+            state = space.allocate(make)
+        self.states.append(state)
+        self.keep(space, self.states[-MAX_STATES:])
+        return state
+
+
+@dataclass(eq=False)
+class Iterates(States):
     """What a block keeps for its iterations on a GPU: bf16 weights, and states with their graphs.
 
     None outlives a change of the weights. Every `start` compares the tensors' addresses with those recorded, and rounds
@@ -210,19 +241,12 @@ class Iterates:
     """
 
     _weights: dict[str, _Weights] = field(default_factory=dict)
-    states: list[State] = field(default_factory=list)  # the one used longest ago first
 
     def forget(self) -> None:
         """Drop every copy of the weights, and every state that no iteration uses."""
         for device in {w.own.device for w in self._weights.values()}:
             self.keep(workspace(device), [])
         self._weights = {}
-
-    def keep(self, space: Workspace, states: list[State]) -> None:
-        """Drop the other states, whose memory may go when what is on its way to the GPU is done."""
-        if len(states) < len(self.states):
-            space.recorder.wait()
-        self.states = states
 
     def start(self, block: "Block", z: Tensor, precisions: tuple[str, ...], options: dict, period: int | None):
         """A `GraphIterate` towards the inverse of z, with drafts if there are two precisions.
@@ -239,7 +263,7 @@ class Iterates:
             given = condition(live, batch, **options)
             shapes = tuple(None if t is None else t.shape for t in given.tensors)
             name = (batch, precisions, shapes, tuple(sorted(given.options.items())))
-            state = self._state(space, name, weights, z, given)
+            state = self.take(space, name, functools.partial(_make_state, space, name, weights, z, given))
             try:
                 state.begin(z, given)
                 iterate = GraphIterate(space, state)
@@ -267,26 +291,6 @@ class Iterates:
                 torch._foreach_copy_(*map(list, zip(*rounded, strict=True)))
         kept.period = period
         return kept.own
-
-    def _state(self, space: Workspace, name: tuple, weights: tuple, z: Tensor, given) -> State:
-        """One of that name whose caches are free, taken."""
-        space.users.add(self)
-        state = next((s for s in self.states if s.name == name and not s.caches.taken), None)
-        if state is not None:
-            self.states.remove(state)
-            state.caches.taken = True
-        else:
-            make = functools.partial(_make_state, space, name, weights, z, given)
-            try:
-                state = make()
-            except torch.OutOfMemoryError:  # other kinds of decode may hold it
-                state = None
-            if state is None:
-                space.reclaim()
-                state = make()
-        self.states.append(state)
-        self.keep(space, self.states[-MAX_STATES:])
-        return state
 
 
 def _make_state(space: Workspace, name: tuple, weights: tuple, z: Tensor, given) -> State:

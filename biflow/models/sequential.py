@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from biflow import ops
-from biflow.models.iterate import Caches, Workspace, workspace
+from biflow.models.iterate import Caches, States, Workspace, workspace
 from biflow.models.passes import CudaGraph
 from biflow.ops.decode_block import (
     Condition,
@@ -22,39 +22,33 @@ from biflow.ops.decode_block import (
 if TYPE_CHECKING:
     from biflow.models.block import Block
 
-MAX_STATES = 4  # of one block; the one used longest ago goes first
-
 
 class State:
     """One kind of decode whose phases are launches of their own: its buffers, and all of them as one graph."""
 
-    def __init__(self, name: tuple, weights: ops.BlockWeights, z: Tensor, given: Condition):
-        self.name, self.weights = name, weights
-        self.z, self.x = torch.empty(z.shape, device=z.device), torch.empty(z.shape, device=z.device)
+    def __init__(self, name: tuple, weights: ops.BlockWeights, z: Tensor, given: Condition, caches: Caches):
+        self.name, self.weights, self.caches = name, weights, caches
+        self.z, self.x = z.new_empty(z.shape), z.new_empty(z.shape)
         self.tensors = [None if t is None else torch.empty_like(t) for t in given.tensors]
         self._options = call_options(weights, given)
         self._graph: CudaGraph | None = None
-        self._caches: Caches | None = None  # that the graph works in
 
-    def run(self, space: Workspace, z: Tensor, given: Condition, plan: list[int], caches: Caches) -> Tensor:
+    def run(self, space: Workspace, z: Tensor, given: Condition, plan: list[int]) -> Tensor:
         for own, new in zip((self.z, *self.tensors), (z, *given.tensors), strict=True):
             if own is not None:
                 own.copy_(new)
-        if self._graph is None or self._caches is not caches:
-
-            def decode():
-                torch.ops.biflow.decode_block_(
-                    self.z, self.weights.packed, *self.tensors, self.x, plan=plan, workspace=caches.tensors[0],
-                    **self._options,
-                )  # fmt: skip
-
-            self._graph, self._caches = space.recorder.record(decode), caches
+        if self._graph is None:
+            self._graph = space.recorder.record(lambda: self._decode(plan))
         self._graph.replay()
         return self.x.clone()
 
+    def _decode(self, plan: list[int]) -> None:
+        tensors = (self.z, self.weights.packed, *self.tensors, self.x)
+        torch.ops.biflow.decode_block_(*tensors, plan=plan, workspace=self.caches.tensors[0], **self._options)
+
 
 @dataclass(eq=False)
-class Sequential:
+class Sequential(States):
     """What a block keeps for its sequential decodes on a GPU: packed weights, and graphs.
 
     A decode is one launch, or all launches of its phases as one CUDA graph. Weights are packed anew, in place, by every
@@ -63,13 +57,12 @@ class Sequential:
 
     _weights: dict[str, ops.BlockWeights] = field(default_factory=dict)  # by precision
     _packed_in: dict[str, int | None] = field(default_factory=dict)  # which `frozen` they were packed in
-    _states: list[State] = field(default_factory=list)  # the one used longest ago first
 
     def forget(self) -> None:
         """Drop every copy of the weights, and every graph."""
         for device in {w.device for w in self._weights.values()}:
             workspace(device).recorder.wait()
-        self._weights, self._packed_in, self._states = {}, {}, []
+        self._weights, self._packed_in, self.states = {}, {}, []
 
     def decode(self, block: "Block", z: Tensor, precision: str, options: dict, period: int | None) -> Tensor:
         """x (B,T,D) with encode(x) = z, both in data order.
@@ -83,19 +76,21 @@ class Sequential:
             live = replace(weights, class_embed=table, class_mean=None if table is None else table.mean(0))
             check_block_call("z", z, live, block.config, **options)
             if z.numel() == 0:
-                return torch.empty(z.shape, device=z.device)
+                return z.new_empty(z.shape)
             given = condition(live, z.shape[0], **options)
             plan, words = gpu_plan(weights, z.shape[0], given)
             if plan[0]:
-                x = torch.empty(z.shape, device=z.device)
+                memory, x = space.allocate(lambda: (z.new_empty(words), z.new_empty(z.shape)))
                 tensors = (z.contiguous(), weights.packed, *given.tensors, x)
-                torch.ops.biflow.decode_block_(*tensors, **call_options(weights, given))
+                torch.ops.biflow.decode_block_(*tensors, plan=plan, workspace=memory, **call_options(weights, given))
                 return x
-            caches = space.caches((words,), (torch.float32,))
+            shapes = tuple(None if t is None else t.shape for t in given.tensors)
+            name = (z.shape[0], precision, shapes, tuple(sorted(given.options.items())))
+            state = self.take(space, name, lambda: _make_state(space, name, weights, z, given, words))
             try:
-                return self._state(weights, z, given).run(space, z, given, plan, caches)
+                return state.run(space, z, given, plan)
             finally:
-                caches.give_back()
+                state.caches.give_back()
 
     def _current(self, block: "Block", precision: str, period: int | None) -> ops.BlockWeights:
         kept = self._weights.get(precision)
@@ -109,9 +104,13 @@ class Sequential:
             self._packed_in[precision] = period
         return kept
 
-    def _state(self, weights: ops.BlockWeights, z: Tensor, given: Condition) -> State:
-        shapes = tuple(None if t is None else t.shape for t in given.tensors)
-        name = (z.shape[0], weights.precision, shapes, tuple(sorted(given.options.items())))
-        state = next((s for s in self._states if s.name == name), None) or State(name, weights, z, given)
-        self._states = [*(s for s in self._states if s is not state), state][-MAX_STATES:]
-        return state
+
+def _make_state(
+    space: Workspace, name: tuple, weights: ops.BlockWeights, z: Tensor, given: Condition, words: int
+) -> State:
+    caches = space.caches((words,), (torch.float32,))
+    try:
+        return State(name, weights, z, given, caches)
+    except BaseException:
+        caches.give_back()
+        raise

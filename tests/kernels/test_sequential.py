@@ -118,11 +118,11 @@ def test_a_graph_serves_later_decodes(place, launches, expected):
         z, y = noise(flow, seed=k).cpu(), torch.tensor([k, 1, 2, -1])
         x = flow.decode(place.to(z), place.to(y), guidance=1.0)
         assert (x.cpu() - expected(flow, z, y, guidance=1.0)).abs().max() <= 2e-5
-    states = [s for block in flow.blocks for s in block._sequential._states]
+    states = [s for block in flow.blocks for s in block._sequential.states]
     assert len(states) == (0 if launches == "one launch" else 3)
     for k in range(6):
         flow.decode(place.to(noise(flow).cpu()[: k % 4 + 1]), guidance=0.5 * k, attn_temp=0.5)
-    assert all(len(block._sequential._states) <= module.MAX_STATES for block in flow.blocks)
+    assert all(len(block._sequential.states) <= iterate.MAX_STATES for block in flow.blocks)
 
 
 @torch.no_grad()
@@ -154,9 +154,9 @@ def test_nothing_is_saved_or_copied(place, launches):
     flow.decode(place.to(noise(flow).cpu()))
     assert all(block._sequential._weights for block in flow.blocks)
     for other in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
-        assert all(not block._sequential._weights and not block._sequential._states for block in other.blocks)
+        assert all(not block._sequential._weights and not block._sequential.states for block in other.blocks)
     flow.double()
-    assert all(not block._sequential._weights and not block._sequential._states for block in flow.blocks)
+    assert all(not block._sequential._weights and not block._sequential.states for block in flow.blocks)
 
 
 def test_fallback_of_some_samples(place, launches, expected):
