@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu import decode, others, subject  # noqa: E402
+from benchmarks.gpu import decode, others, phases, subject  # noqa: E402
 from benchmarks.gpu.measure import measure  # noqa: E402
 from benchmarks.gpu.timing import Timer  # noqa: E402
 from biflow.models.block import Block  # noqa: E402
@@ -173,7 +173,7 @@ def test_later_tokens_are_checked_where_one_block_is_timed(bench, monkeypatch):
     with pytest.raises(subject.WrongResult, match=r"expected G\(x\) within"):
         decode.ours(bench, "B/2", 2, "fp32", "sequential")
     with pytest.raises(subject.WrongResult, match=r"expected G\(x\) within"):
-        decode.phases(bench, "B/2", 2, "fp32")
+        phases.phases(bench.subject("B/2"), 2, "fp32")
 
 
 def test_the_first_tokens_are_a_block_of_their_own(bench):
@@ -257,7 +257,7 @@ def test_auto_follows_a_calibration_of_one_block(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("who", ["eager", "static", "graph", "compiled"])
+@pytest.mark.parametrize("who", ["eager", "static", "graph", "compiled", "launches"])
 def test_others_decode_the_first_tokens_and_as_many_as_fit(bench, who, precision, monkeypatch):
     monkeypatch.setattr(others, "SECONDS", 60.0)
     bench.known["S", 2, precision, "sequential"] = 2.0
@@ -282,45 +282,53 @@ def test_ml_tarflow_is_a_contestant(bench, tmp_path, monkeypatch):
         decode.other(bench, "S", 2, "fp32", "ml-tarflow")
 
 
-# --- the split by kernel
+# --- the split by phase
 
 
 def test_kernel_names():
-    assert decode.short_name("void biflow::(anonymous namespace)::qkv<float, Tile<2, 8>>(biflow::Params)") == "qkv"
-    assert decode.short_name("biflow::decode::step(int)") == "step"
-    assert decode.short_name("sm90_xmma_gemm_bf16") == "sm90_xmma_gemm_bf16"
-    assert decode.short_name("triton_poi_fused_0") == "triton_poi_fused_0"
-    assert decode.short_name("Memset (Device)") == "Memset"
+    assert phases.short_name("void biflow::(anonymous namespace)::qkv<float, Tile<2, 8>>(biflow::Params)") == "qkv"
+    assert phases.short_name("void biflow::cuda::decode_block_phase<__nv_bfloat16, 1>(State, Place)") == phases.KERNEL
+    assert phases.short_name("sm90_xmma_gemm_bf16") == "sm90_xmma_gemm_bf16"
+    assert phases.short_name("triton_poi_fused_0") == "triton_poi_fused_0"
+    assert phases.short_name("Memset (Device)") == "Memset"
+    source = (ROOT / "csrc" / "cuda" / "decode_block.cuh").read_text()
+    assert f"__global__ void __launch_bounds__(kDecodeThreads) {phases.KERNEL}(" in source
 
 
-def test_time_is_split_by_kernel():
-    def event(name, us, count, kind=DeviceType.CUDA):
-        return SimpleNamespace(
-            key=name, device_type=kind, self_device_time_total=us, self_cpu_time_total=0, count=count
-        )
+def test_spans_are_of_the_device_and_in_order():
+    def event(name, start, us, kind):
+        span = SimpleNamespace(start=start, elapsed_us=lambda: us)
+        return SimpleNamespace(name=name, device_type=kind, time_range=span, self_cpu_time_total=us / 2)
 
-    events = [
-        event("void a::up<1>(P)", 30.0, 20),
-        event("void a::up<2>(P)", 10.0, 10),
-        event("void a::down<1>(P)", 60.0, 10),
-    ]
-    events += [event("aten::mm", 1000.0, 5, DeviceType.CPU)]
-    profiled = SimpleNamespace(key_averages=lambda: events)
-    assert decode.split(profiled, "cuda", 10) == [
-        {"kernel": "down", "us_step": 6.0, "percent": 60.0, "calls_step": 1.0},
-        {"kernel": "up", "us_step": 4.0, "percent": 40.0, "calls_step": 3.0},
-    ]
-    many = SimpleNamespace(key_averages=lambda: [event(f"k{i}", 1.0 + i, 1) for i in range(20)])
-    rows = decode.split(many, "cuda", 1)
-    assert (len(rows), rows[0]["kernel"], rows[-1]["kernel"]) == (decode.KERNELS + 1, "k19", "others")
-    assert sum(row["us_step"] for row in rows) == pytest.approx(sum(range(1, 21)))
+    events = [event("b", 2, 5.0, DeviceType.CUDA), event("aten::mm", 0, 9.0, DeviceType.CPU)]
+    events += [event("void n::a<1>(P)", 1, 3.0, DeviceType.CUDA)]
+    assert phases.spans(events, on_gpu=True) == [("a", 3.0), ("b", 5.0)]
+    assert phases.spans(events, on_gpu=False) == [("mm", 4.5)]
+
+
+def test_launches_of_one_kernel_are_told_apart_by_their_place():
+    names = ["embed", "qkv", "attention", "qkv", "attention", "head"]
+    step = [1.0, 10.0, 20.0, 10.0, 20.0, 4.0]
+    found = [("Memset", 5.0), *((phases.KERNEL, us) for us in [*step, *step, 1.0])]
+    rows = phases.split(found, 2, names)
+    assert [(r["kernel"], r["us_step"], r["calls_step"]) for r in rows] == [
+        ("attention", 40.0, 2.0), ("qkv", 20.0, 2.0), ("head", 4.0, 1.0), ("Memset", 2.5, 0.5), ("embed", 1.5, 1.5),
+    ]  # fmt: skip
     assert sum(row["percent"] for row in rows) == pytest.approx(100)
-    with pytest.raises(RuntimeError, match="expected kernels in the profile, got none on cuda"):
-        decode.split(SimpleNamespace(key_averages=lambda: events[-1:]), "cuda", 1)
+    (memset, together) = sorted(phases.split(found[:-1], 2, names), key=lambda row: row["us_step"])
+    assert (together["kernel"], together["us_step"], memset["kernel"]) == (phases.KERNEL, 65.0, "Memset")
+
+
+def test_a_split_is_short():
+    rows = phases.split([(f"k{i}", 1.0 + i) for i in range(20)], 1, [])
+    assert (len(rows), rows[0]["kernel"], rows[-1]["kernel"]) == (phases.ROWS + 1, "k19", "others")
+    assert sum(row["us_step"] for row in rows) == pytest.approx(sum(range(1, 21)))
+    with pytest.raises(RuntimeError, match="expected kernels in the profile, got none"):
+        phases.split([], 1, [])
 
 
 def test_phases_of_a_decode(bench):
-    rows = decode.phases(bench, "B/2", 2, "bf16")
+    rows = phases.phases(bench.subject("B/2"), 2, "bf16")
     assert rows[0]["kernel"] == "decode_block_"  # on the CPU it is one op
     assert rows[0]["calls_step"] == pytest.approx(1 / 15)
     assert sum(row["percent"] for row in rows) == pytest.approx(100)

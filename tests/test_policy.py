@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from tiny import make_flow, make_reverse, noise
 
 import biflow
@@ -78,6 +77,32 @@ def test_what_was_measured_for_a_looser_tolerance_is_not_followed():
             assert {m.solver for m in found} == {"sequential" if windows == lost else "windowed"}
 
 
+def test_the_same_device_goes_before_the_same_threads_and_both_before_the_nearest_batch():
+    def measured(name, threads, batch, window):
+        return Entry("cpu", name, threads, "fp32", batch, 0.0, (Measurement("windowed", window, 1, 1.0),))
+
+    policy = Policy((measured("here", 2, 64, 1), measured("there", 2, 1, 2)))
+    assert policy.choose("cpu", "fp32", 1, 0.0, name="here").blocks[0].window == 1
+    assert policy.choose("cpu", "fp32", 1, 0.0, name="there").blocks[0].window == 2
+    assert policy.choose("cpu", "fp32", 1, 0.0, name="elsewhere").blocks[0].window == 2, "better than nothing"
+
+    def window(entries, batch, threads):
+        found = {
+            Policy(tuple(order)).choose("cpu", "fp32", batch, 0.0, name="here", threads=threads).blocks[0].window
+            for order in (entries, entries[::-1])
+        }
+        assert len(found) == 1, "whatever their order"
+        return found.pop()
+
+    one, eight = measured("here", 1, 4, 1), measured("here", 8, 64, 2)
+    assert window([one, eight], 4, threads=8) == 2, "though of a farther batch"
+    assert window([one, eight], 64, threads=1) == 1
+    assert window([one, eight], 64, threads=4) == 2, "of other threads, the nearest batch"
+    assert window([measured("there", 8, 4, 3), one], 4, threads=8) == 1, "the device goes first"
+    same = [measured("here", n, 4, n) for n in (1, 2, 8, 32)]
+    assert [window(same, 4, threads=n) for n in (1, 3, 4, 6, 100)] == [1, 2, 2, 8, 32], "of one batch, the nearest"
+
+
 def test_newer_entries_replace_those_of_the_same_situation():
     old = Policy((entry(1), entry(16), entry(1, precision="bf16")))
     new = old.replacing((entry(16, window=4), entry(1, guidance=1.0)))
@@ -94,16 +119,6 @@ def test_entries_of_other_machines_and_threads_are_kept(other):
     assert policy.choose("cpu", "fp32", 16, 0.0, **here).blocks[0].window == 2
     assert policy.choose("cpu", "fp32", 16, 0.0, **{**here, **other}).blocks[0].window == 4
     assert Policy.from_mapping(policy.to_mapping(), 2) == policy
-
-
-def test_devices_of_one_kind_keep_their_own_entries():
-    """What one GPU measured is not lost when the file is calibrated on another."""
-    first, second = (entry(16, device="cuda", name=name, window=w) for name, w in (("GPU A", 2), ("GPU B", 4)))
-    policy = Policy((first,)).replacing((second,))
-    for known in (first, second):
-        assert policy.choose("cuda", "fp32", 16, 0.0, name=known.name) == known
-    newer = policy.replacing((entry(16, device="cuda", name="GPU A", window=8),))
-    assert {e.name: e.blocks[0].window for e in newer.entries} == {"GPU A": 8, "GPU B": 4}
 
 
 # --- files
@@ -458,122 +473,3 @@ def test_calibration_refuses_other_models():
         biflow.calibrate(make_reverse())
     with pytest.raises(TypeError, match=r"expected a model of torch\.float32 weights"):
         biflow.calibrate(make_flow(dtype=torch.float64))
-
-
-# --- the command
-
-
-@pytest.fixture
-def model(tmp_path):
-    path = tmp_path / "m.safetensors"
-    biflow.save(make_flow(num_classes=3, **LONG), path, {"step": 3})
-    return path
-
-
-def test_the_command_writes_into_the_file(model, capsys):
-    before = biflow.load(model)
-    line = ["calibrate", str(model), "--batches", "1,2", "--repetitions", "1"]
-    assert cli.main([*line, "--guidance", "0", "--guidance", "1"]) == 0
-    captured = capsys.readouterr()
-    after = biflow.load(model)
-    situations = [(p, batch, g) for p in ("bf16", "fp32") for batch in (1, 2) for g in (0, 1)]
-    assert [(e.precision, e.batch, e.guidance) for e in after.policy.entries] == situations
-    assert all(
-        torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
-    )
-    assert checkpoint.describe(model)["metadata"]["step"] == 3
-    rows = captured.out.splitlines()
-    words = "device threads precision batch guidance tol block solver window passes ms on"
-    assert rows[0].split() == words.split()
-    assert [row.split()[:7] for row in rows[1:-1]] == [
-        ["cpu", str(torch.get_num_threads()), p, str(n), str(g), "1e-05", "0"] for p, n, g in situations
-    ]
-    assert all(row.endswith(device_name(torch.device("cpu"))) for row in rows[1:-1])
-    assert rows[-1] == f"{model}: calibrated"
-    assert "calibrate: 100%" in captured.err
-    assert cli.main(["info", str(model)]) == 0
-    found = yaml.safe_load(capsys.readouterr().out)
-    assert found["metadata"] == {"step": 3}
-    assert [(e["batch"], len(e["blocks"])) for e in found["policy"]] == [(n, 1) for _, n, _ in situations]
-    assert re.fullmatch(r"(sequential|jacobi|windowed 16), \d+ passes, [\d.e+-]+ ms", found["policy"][0]["blocks"][0])
-    assert cli.main([*line, "--quiet"]) == 0
-    assert capsys.readouterr().err == ""
-    assert len(biflow.load(model).policy.entries) == 8, "calibrated again, with the guided ones kept"
-
-
-def test_the_command_writes_elsewhere(model, tmp_path):
-    before = model.read_bytes()
-    out = tmp_path / "other.safetensors"
-    line = ["calibrate", str(model), "--batches", "1", "--precision", "fp32", "--repetitions", "1", "--quiet"]
-    assert cli.main([*line, "--out", str(out)]) == 0
-    assert model.read_bytes() == before
-    assert len(biflow.load(out).policy.entries) == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--batches 1,many", "--batches: expected numbers separated by commas, got '1,many'"),
-        ("--batches 0", "batches: expected at least 1, got 0"),
-        ("--precision fp32,fp8", "precision: expected one of fp32, bf16, got 'fp8'"),
-        ("--guidance=-1", "guidance: expected a finite number >= 0, got -1"),
-        ("--tol 0", "tol: expected a finite number > 0, got 0"),
-        ("--device cuda:99", "device: expected"),
-        ("--device abacus", "device: expected 'cpu'"),
-        ("--out nowhere/m.safetensors", "--out: expected an existing folder, got nowhere"),
-    ],
-)
-def test_the_command_refuses(options, message, model, capsys):
-    before = model.read_bytes()
-    assert cli.main(["calibrate", str(model), *options.split()]) == 2
-    assert message in capsys.readouterr().err
-    assert model.read_bytes() == before
-
-
-def test_the_command_measures_where_it_is_told(model, monkeypatch, capsys):
-    line = ["calibrate", str(model), "--batches", "1", "--precision", "fp32", "--repetitions", "1", "--quiet"]
-    assert cli.main([*line, "--device", "cpu"]) == 0
-    assert {e.device for e in biflow.load(model).policy.entries} == {"cpu"}
-    moved = []
-
-    def load(path, device):
-        moved.append(device)
-        raise ValueError("far enough")
-
-    monkeypatch.setattr("biflow.ops._checks.local_device", torch.device)
-    monkeypatch.setattr(checkpoint, "load", load)
-    assert cli.main([*line, "--device", "cuda:1"]) == 2
-    assert moved == [torch.device("cuda", 1)]
-    assert "far enough" in capsys.readouterr().err
-
-
-def test_the_command_takes_flows_only(tmp_path, capsys):
-    biflow.save(make_reverse(), tmp_path / "m.safetensors")
-    assert cli.main(["calibrate", str(tmp_path / "m.safetensors")]) == 2
-    assert "expected a TarFlow, got a BiFlow" in capsys.readouterr().err
-
-
-def test_the_same_device_goes_before_the_same_threads_and_both_before_the_nearest_batch():
-    def measured(name, threads, batch, window):
-        return Entry("cpu", name, threads, "fp32", batch, 0.0, (Measurement("windowed", window, 1, 1.0),))
-
-    policy = Policy((measured("here", 2, 64, 1), measured("there", 2, 1, 2)))
-    assert policy.choose("cpu", "fp32", 1, 0.0, name="here").blocks[0].window == 1
-    assert policy.choose("cpu", "fp32", 1, 0.0, name="there").blocks[0].window == 2
-    assert policy.choose("cpu", "fp32", 1, 0.0, name="elsewhere").blocks[0].window == 2, "better than nothing"
-
-    def window(entries, batch, threads):
-        found = {
-            Policy(tuple(order)).choose("cpu", "fp32", batch, 0.0, name="here", threads=threads).blocks[0].window
-            for order in (entries, entries[::-1])
-        }
-        assert len(found) == 1, "whatever their order"
-        return found.pop()
-
-    one, eight = measured("here", 1, 4, 1), measured("here", 8, 64, 2)
-    assert window([one, eight], 4, threads=8) == 2, "though of a farther batch"
-    assert window([one, eight], 64, threads=1) == 1
-    assert window([one, eight], 64, threads=4) == 2, "of other threads, the nearest batch"
-    assert window([measured("there", 8, 4, 3), one], 4, threads=8) == 1, "the device goes first"
-    same = [measured("here", n, 4, n) for n in (1, 2, 8, 32)]
-    assert [window(same, 4, threads=n) for n in (1, 3, 4, 6, 100)] == [1, 2, 2, 8, 32], "of one batch, the nearest"

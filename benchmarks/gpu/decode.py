@@ -21,15 +21,11 @@ once for many tokens, so that jacobi and auto may pass 100%.
 
 import dataclasses
 import functools
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench_decode import step_flops, weight_bytes
 from biflow import solvers
@@ -40,13 +36,13 @@ from biflow.solvers import Condition, Method, Policy
 
 from .limits import Case, bound, share
 from .others import CONTESTANTS, seconds_a_step
+from .phases import phases
 from .subject import Subject
 from .timing import Timer
 
 LIMIT = 4.0  # seconds of a row, about: a call that warms up and is checked, and at least one that is timed
 CALIBRATION = 10.0  # seconds
 TOL = 1e-5  # of the iterative solvers, as in TarFlow.decode
-KERNELS = 12  # rows of a split by kernel
 BYTES = {"fp32": 4, "bf16": 2}
 
 DECIDING = (("B/2", 1), ("B/2", 64), ("B/2", 256), ("TARFlow-64", 1), ("TARFlow-64", 64))
@@ -60,6 +56,7 @@ OURS = ("sequential", "jacobi", "auto")
 # what is measured, the most important first: flows, and for each of them who, in which precision
 PLAN = (
     (DECIDING, (("sequential", "bf16"), ("auto", "bf16"), ("eager", "bf16"))),
+    (DECIDING[:3], (("launches", "bf16"),)),
     (DECIDING[:2], (("phases", "bf16"),)),
     (DECIDING, (("sequential", "fp32"), ("graph", "bf16"))),
     (DECIDING[:1], (("compiled", "bf16"), ("ml-tarflow", "bf16"))),
@@ -68,6 +65,7 @@ PLAN = (
     (DECIDING[3:4], (("ml-tarflow", "bf16"),)),
     (REST, (("eager", "bf16"),)),
     (DECIDING, (("static", "bf16"), ("eager", "fp32"))),
+    (DECIDING[3:], (("launches", "bf16"),)),
     (DECIDING[3:4], (("phases", "bf16"), ("compiled", "bf16"))),
     (REST, (("sequential", "fp32"), ("auto", "fp32"), ("jacobi", "bf16"), ("graph", "bf16"))),
     (DECIDING[1:2], (("ml-tarflow", "bf16"), ("compiled", "bf16"))),
@@ -118,7 +116,7 @@ def cases(
 def case(bench: Bench, name: str, batch: int, precision: str, who: str) -> Case:
     labels = {"phases" if who == "phases" else "decode": name, "batch": batch, "precision": precision}
     if who == "phases":
-        return Case(labels, functools.partial(phases, bench, name, batch, precision))
+        return Case(labels, lambda: phases(bench.subject(name), batch, precision))
     measure = ours if who in OURS else other
     run = functools.partial(measure, bench, name, batch, precision, who)
     return Case(labels | {"who": who}, run, needs=NEEDS.get(who, 0.0), limit=90.0 if who in NEEDS else 60.0)
@@ -276,51 +274,3 @@ def other(bench: Bench, name: str, batch: int, precision: str, who: str) -> dict
         own = bench.known.get((name, batch, precision, solver))
         row |= {} if own is None else {f"x_{solver}": step * 1e6 / own}
     return row
-
-
-# --- where the time goes
-
-
-@torch.inference_mode()
-def phases(bench: Bench, name: str, batch: int, precision: str) -> list[dict]:
-    """The sequential inverse of one block, split by kernel; one row where it is one kernel."""
-    subject = bench.subject(name)
-    block, z, kind = subject.block, subject.z(batch), bench.timer.device.type
-    with block.frozen():
-        solve = solving(block, z, Condition(precision=precision), Method("sequential"))
-        subject.check_block(solve(), z, precision)
-        with profile(activities=[ProfilerActivity.CUDA if kind == "cuda" else ProfilerActivity.CPU]) as profiled:
-            solve()
-            if kind == "cuda":
-                torch.cuda.synchronize()
-    return split(profiled, kind, block.sequential_passes)
-
-
-def split(profiled: profile, kind: str, steps: int) -> list[dict]:
-    """By kernel, the longest first: microseconds and calls a step, share of the whole."""
-    device = DeviceType.CUDA if kind == "cuda" else DeviceType.CPU
-    spent, calls = defaultdict(float), defaultdict(int)
-    for event in profiled.key_averages():
-        if event.device_type == device:
-            name = short_name(event.key)
-            spent[name] += event.self_device_time_total if kind == "cuda" else event.self_cpu_time_total
-            calls[name] += event.count
-    total = sum(spent.values())
-    if not total:
-        raise RuntimeError(f"expected kernels in the profile, got none on {kind}")
-    longest = sorted(spent, key=spent.get, reverse=True)
-    rows = [(name, spent[name], calls[name]) for name in longest[:KERNELS]]
-    if rest := longest[KERNELS:]:
-        rows.append(("others", sum(spent[n] for n in rest), sum(calls[n] for n in rest)))
-    return [
-        {"kernel": name, "us_step": us / steps, "percent": 100 * us / total, "calls_step": count / steps}
-        for name, us, count in rows
-    ]
-
-
-def short_name(kernel: str) -> str:
-    """A kernel's name without namespaces, template arguments and parameters."""
-    name = kernel.replace("(anonymous namespace)::", "")
-    while (inner := re.sub(r"<[^<>]*>", "", name)) != name:
-        name = inner
-    return name.split("(")[0].removeprefix("void ").split("::")[-1].strip() or kernel

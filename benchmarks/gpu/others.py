@@ -3,7 +3,8 @@
 eager: keys and values in a cache that grows by concatenation (biflow.evaluate.eager), in bf16 with weights and
 activations in bf16, which is faster than autocast. static: one token step over a static cache, as eager torch runs it;
 graph: the same as one CUDA graph a step; compiled: under torch.compile, and then as one CUDA graph a step
-(benchmarks/peers/compiled.py). ml-tarflow: its own block, unmodified, in bf16 under autocast, as its authors run it.
+(benchmarks/peers/compiled.py). launches: ours with a launch for each phase, whatever `decode_plan` chooses, as one CUDA
+graph (phases.py). ml-tarflow: its own block, unmodified, in bf16 under autocast, as its authors run it.
 """
 
 import copy
@@ -17,6 +18,7 @@ from benchmarks.peers.compiled import BACKEND, static_cache
 from benchmarks.peers.ml_tarflow import load_model
 from biflow.evaluate.eager import eager_decode_block
 
+from .phases import recorded
 from .subject import Subject
 from .timing import Timer
 
@@ -67,6 +69,7 @@ CONTESTANTS: dict[str, Callable[..., Decoder]] = {
     "static": static,
     "graph": functools.partial(static, graph=True),
     "compiled": functools.partial(static, backend=BACKEND, graph=True),
+    "launches": recorded,
     "ml-tarflow": ml_tarflow,
 }
 
