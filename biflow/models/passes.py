@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,17 +26,28 @@ class CudaGraph:
     def __init__(self, call: Callable, inputs: tuple[Tensor | None, ...], stream: torch.cuda.Stream, pool: object):
         self.inputs = [None if t is None else t.clone() for t in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        own = torch.cuda.current_stream(stream.device)
-        stream.wait_stream(own)
-        with torch.cuda.stream(stream):  # libraries and Triton set themselves up outside the recording
-            for _ in range(2):
-                call(*self.inputs)
-        own.wait_stream(stream)
+        for _ in range(2):  # libraries and Triton set themselves up outside the recording, and on another stream:
+            call(*self.inputs)  # cuBLAS keeps a workspace a stream, and that of `stream` is to come from `pool`
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.outputs = call(*self.inputs)
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+_CAPTURING: weakref.WeakValueDictionary[tuple, "CudaRecorder"] = weakref.WeakValueDictionary()  # by stream
+
+
+def _capture_stream(recorder: "CudaRecorder") -> torch.cuda.Stream:
+    """A stream that nobody else works on or records on: what cuBLAS keeps for it lies in this recorder's pool.
+
+    torch has 32 streams of a priority and hands them out in turn; hardly anybody asks for one of high priority.
+    """
+    for _ in range(32):
+        stream = torch.cuda.Stream(priority=-1)
+        if _CAPTURING.setdefault((stream.device, stream.cuda_stream), recorder) is recorder:
+            break
+    return stream
 
 
 class CudaRecorder:
@@ -62,7 +74,7 @@ class CudaRecorder:
         with _RECORDING:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-                self._stream = torch.cuda.Stream()
+                self._stream = _capture_stream(self)
             return CudaGraph(lambda *t: getattr(network, method)(*t, **options), inputs, self._stream, self._pool)
 
     def wait(self) -> None:
