@@ -281,6 +281,36 @@ def test_writes_that_torch_does_not_count(recorder, monkeypatch, change):
     assert torch.equal(after, copy.deepcopy(model).decode(Z, Y, precision="bf16"))
 
 
+def transpose(p):
+    """Another matrix over the same storage."""
+    p.data = p.data.t()
+
+
+@pytest.mark.parametrize("precision", passes.PRECISIONS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_graphs_do_not_outlive_strides(recorder, precision, frozen):
+    model = make_inverse()
+    before = model.decode(Z, Y, precision=precision)
+    transpose(model.groups[0][0].proj.weight)  # square
+    with model.frozen() if frozen else contextlib.nullcontext():
+        after = [model.decode(Z, Y, precision=precision) for _ in range(2)]
+    assert not torch.equal(before, after[0])
+    assert torch.equal(after[0], after[1])
+    assert torch.equal(after[0], copy.deepcopy(model).decode(Z, Y, precision=precision))
+
+
+def test_a_graph_per_precision_of_fp32_products(recorder):
+    """What a graph was recorded with must not outlive torch.set_float32_matmul_precision."""
+    model, matmul = make_inverse(), torch.backends.cuda.matmul
+    try:
+        for precision in ("ieee", "tf32", "ieee", "tf32"):
+            matmul.fp32_precision = precision
+            model.decode(Z, Y)
+    finally:
+        matmul.fp32_precision = "none"
+    assert [g.replays for g in graphs_of(model)] == [2, 2]
+
+
 def fused_step(model):
     """As training does: it does not count as a change of the parameters' version."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)

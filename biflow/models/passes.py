@@ -190,7 +190,8 @@ class Passes:
 
     def _replay(self, network: nn.Module, method: str, precision: str, inputs: tuple, options: dict):
         shapes = tuple(None if t is None else (tuple(t.shape), t.dtype, t.device) for t in inputs)
-        name = (method, precision, shapes, tuple(sorted(options.items())))
+        products = torch.backends.cuda.matmul.fp32_precision  # TF32 or not: a graph keeps the kernels of then
+        name = (method, precision, shapes, tuple(sorted(options.items())), products)
         recorded = self._graphs.pop(name, None)
         if recorded is None or not (self._frozen and recorded.period == self._period):
             places = _places(network)
@@ -244,7 +245,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 def _places(module: nn.Module) -> tuple:
     """Where the weights lie: what a graph has recorded of them."""
-    return tuple((t.data_ptr(), t.shape, t.dtype) for t in _tensors(module))
+    return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in _tensors(module))
 
 
 def _hash(module: nn.Module) -> int | None:
