@@ -132,12 +132,19 @@ class Passes:
     """
 
     def __init__(self, module: nn.Module):
-        self._module = module
+        self._owner = weakref.ref(module)  # the module holds this: with a cycle its memory would outlive it
         self._lock = threading.RLock()
         self._frozen = 0
         self._period = 0  # counts what `frozen` opened
         self._recorder: CudaRecorder | None = None
         self.forget()
+
+    @property
+    def _module(self) -> nn.Module:
+        module = self._owner()
+        if module is None:
+            raise ReferenceError("passes: expected the module that they belong to to live, and it does not")
+        return module
 
     def forget(self) -> None:
         """Drop every copy of the weights and every graph."""
@@ -214,6 +221,7 @@ class Passes:
             return self._twin
         key = (_places(self._module), _hash(self._module))
         if self._twin is None or self._twin_key[0] != key[0]:
+            self._recorder.wait()  # another stream may still read the twin that goes
             self._twin = _share(self._module)
             for linear in _linears(self._twin):
                 linear.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
