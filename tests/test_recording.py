@@ -1,4 +1,4 @@
-"""How calls are recorded as CUDA graphs, on streams that stand in for CUDA's. On a GPU: tests/kernels/test_passes.py."""
+"""How calls are recorded as CUDA graphs, with a stand-in for streams. On a GPU: tests/kernels/test_passes.py."""
 
 import contextlib
 import weakref

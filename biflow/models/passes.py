@@ -173,12 +173,12 @@ class Passes:
     def __call__(self, method: str, precision: str, *inputs: Tensor | None, **options: bool):
         """module.method(*inputs, **options) in `precision`; the outputs are the caller's own. options: hashable.
 
-        Inside torch.compile, or while a CUDA graph is recorded, nothing is kept: bf16 is then autocast's.
+        Inside torch.compile, or while a CUDA graph is recorded, nothing is kept: the layers round their weights each
+        time. A method takes their dtype as `layer_dtype`.
         """
         if recording():
-            device = next(t.device.type for t in inputs if t is not None)
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-                return getattr(self._module, method)(*inputs, **options)
+            dtype = torch.bfloat16 if precision == "bf16" else None
+            return getattr(self._module, method)(*inputs, layer_dtype=dtype, **options)
         if precision == "fp32" and not graphable(inputs):
             return getattr(self._module, method)(*inputs, **options)
         with torch.inference_mode(False), torch.no_grad():
