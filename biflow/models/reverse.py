@@ -200,8 +200,8 @@ class BiFlow(PassModule):
             precision: "fp32", or "bf16": what the layers multiply is rounded to bf16 (models/passes.py).
 
         On a GPU the pass is recorded as a CUDA graph at the first call of each shape, and replayed after that; weights
-        may change between calls in every way that torch knows of (`Passes`). Inside a CUDA graph that the caller records
-        it is a part of that: call it once before, outside, for kernels compile and load at their first call.
+        may change between calls in every way that torch knows of (`Passes`). Inside a CUDA graph of the caller's it is
+        a part of that: call it once before, outside, because kernels compile and load at their first call.
 
         Returns:
             x (B,C,H,W) fp32, about [-1, 1], not clamped.
