@@ -9,6 +9,7 @@ import importlib
 import itertools
 import json
 import math
+import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -260,6 +261,8 @@ def main() -> None:
                 results[name] = None
             except Exception:
                 results[name] = traceback.format_exc(limit=-3)
+                if "--stop" in sys.argv:
+                    sys.exit(f"{name}: {results[name]}")
     print(json.dumps(results))
 
 
