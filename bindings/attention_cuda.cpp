@@ -70,7 +70,8 @@ Tensor attention_forward(Tensor q_in, Tensor k_in, Tensor v_in, bool causal, dou
                     "attention_forward: k and v must be (B, H, Tk, d) of q's dtype and device");
   STD_TORCH_CHECK(d == 32 || d == 64 || d == 128, "attention_forward: d must be 32, 64 or 128, got ", d);
   STD_TORCH_CHECK(Tq < kMaxTokens && Tk < kMaxTokens, "attention_forward: expected fewer than 2^30 tokens");
-  STD_TORCH_CHECK(!causal || Tq == Tk, "attention_forward: causal needs as many queries as keys");
+  STD_TORCH_CHECK(!causal || Tq <= Tk, "attention_forward: causal needs at least as many keys as queries, got ", Tq,
+                  " queries and ", Tk, " keys");
   STD_TORCH_CHECK(scale > 1e-30 && scale < 1e30, "attention_forward: scale must be positive");
   STD_TORCH_CHECK(
       cos_in.has_value() == sin_in.has_value() && (!cos_in.has_value() || (Tq == Tk && 0 <= prefix && prefix <= Tq)),

@@ -23,9 +23,13 @@ namespace biflow {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline void check_tensor(const char* op, const char* what, const Tensor& t, std::initializer_list<int64_t> shape) {
+// like: the tensor whose device it must be on; null: the CPU.
+inline void check_tensor(const char* op, const char* what, const Tensor& t, std::initializer_list<int64_t> shape,
+                         const Tensor* like = nullptr) {
   STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", what, " must be float32");
-  STD_TORCH_CHECK(t.device().is_cpu() && t.is_contiguous(), op, ": ", what, " must be contiguous, on the CPU");
+  STD_TORCH_CHECK(like ? t.device() == like->device() : t.device().is_cpu(), op, ": ", what, " must be on the ",
+                  like ? "device of z" : "CPU");
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", what, " must be contiguous");
   bool same = t.dim() == static_cast<int64_t>(shape.size());
   int64_t i = 0;
   for (int64_t n : shape) same = same && t.size(i++) == n;
@@ -33,9 +37,9 @@ inline void check_tensor(const char* op, const char* what, const Tensor& t, std:
 }
 
 inline const float* optional_input(const char* op, const char* what, const OptionalTensor& t,
-                                   std::initializer_list<int64_t> shape) {
+                                   std::initializer_list<int64_t> shape, const Tensor* like = nullptr) {
   if (!t) return nullptr;
-  check_tensor(op, what, *t, shape);
+  check_tensor(op, what, *t, shape, like);
   return t->const_data_ptr<float>();
 }
 
@@ -70,17 +74,17 @@ inline BlockShape make_shape(int64_t tokens, int64_t channels, int64_t width, in
 inline BlockCondition make_condition(const char* op, const BlockShape& s, int64_t B, const OptionalTensor& added,
                                      const OptionalTensor& prefix, const OptionalTensor& null_added,
                                      const OptionalTensor& null_prefix, double guidance, const std::string& guide,
-                                     bool anneal, double attn_temp) {
+                                     bool anneal, double attn_temp, const Tensor* like = nullptr) {
   STD_TORCH_CHECK(guidance >= 0 && attn_temp > 0, op, ": guidance must be >= 0 and attn_temp > 0");
   BlockCondition c;
   c.prefix_tokens = prefix && prefix->dim() == 3 ? static_cast<int>(prefix->size(1)) : 0;
   const int64_t S = c.prefix_tokens, width = s.width;
-  c.added = optional_input(op, "added", added, {B, width});
-  c.prefix = optional_input(op, "prefix", prefix, {B, S, width});
+  c.added = optional_input(op, "added", added, {B, width}, like);
+  c.prefix = optional_input(op, "prefix", prefix, {B, S, width}, like);
   c.guided = guidance > 0;
   if (c.guided) {
-    c.null_added = optional_input(op, "null_added", null_added, {B, width});
-    c.null_prefix = optional_input(op, "null_prefix", null_prefix, {B, S, width});
+    c.null_added = optional_input(op, "null_added", null_added, {B, width}, like);
+    c.null_prefix = optional_input(op, "null_prefix", null_prefix, {B, S, width}, like);
     STD_TORCH_CHECK(!c.prefix == !c.null_prefix, op, ": prefix and null_prefix go together");
   }
   c.guidance = static_cast<float>(guidance);

@@ -59,6 +59,10 @@ class Launch {
     tell(t, true);
     return t.mutable_data_ptr();
   }
+  void* scratch(torch::stable::Tensor& t) const {  // some elements, none is read before it is written
+    tell(t, false, true);
+    return t.mutable_data_ptr();
+  }
 
   // Raises if a launcher returned an error.
   static void check(const char* op, int status) {
@@ -66,13 +70,13 @@ class Launch {
   }
 
  private:
-  static void tell(const torch::stable::Tensor& t, bool initialised) {
+  static void tell(const torch::stable::Tensor& t, bool initialised, bool scratch = false) {
 #ifdef BIFLOW_EMULATED
     int64_t elements = t.numel() > 0 ? 1 : 0;
     for (int i = 0; i < t.dim() && elements > 0; ++i) elements += (t.size(i) - 1) * t.stride(i);
-    emulator::adopt(t.const_data_ptr(), static_cast<size_t>(elements) * t.element_size(), initialised);
+    emulator::adopt(t.const_data_ptr(), static_cast<size_t>(elements) * t.element_size(), initialised, scratch);
 #else
-    (void)t, (void)initialised;
+    (void)t, (void)initialised, (void)scratch;
 #endif
   }
 

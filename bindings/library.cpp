@@ -24,7 +24,13 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
       "decode_block_(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, "
       "Tensor(a!) out, *, int width, int layers, int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, "
       "bool rope, bool pos_embed, bool start_token, bool shift_only, str precision, str layout, str scale, str clip, "
-      "float clip_value, str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp) -> ()");
+      "float clip_value, str clip_on, bool flip, float guidance, str guide, bool anneal, float attn_temp, "
+      "int[] plan=[], Tensor(b!)? workspace=None, int phases=-1) -> ()");
+  // CUDA: plan as used, words of workspace, where its buffers lie: csrc/decode_block.h, bindings/decode_block_cuda.cpp
+  m.def(
+      "decode_block_buffers(*, int batch, bool guided, int prefix_tokens, int tokens, int channels, int width, "
+      "int layers, int head_dim, int mlp_hidden, bool start_token, bool shift_only, str precision, int[] plan=[]) "
+      "-> int[]");
 
   // raw parameters of the tokens start <= n < stop (block order) in one parallel pass; cache: keys and values
   m.def(

@@ -23,7 +23,7 @@ struct AttentionParams {
   HeadsView k, v;              // (B, H, Tk, d)
   void* out = nullptr;         // (B, Tq, H, d) contiguous
   const bool* mask = nullptr;  // (B, Tk) contiguous; false: the key does not count. null: all do
-  bool causal = false;         // query i sees keys <= i; Tq = Tk
+  bool causal = false;         // query i sees keys <= Tk - Tq + i; Tq <= Tk
   float scale = 1;             // of the logits, > 0
 
   // q and k before the product, in this order; rounded once, after both. The same prefix for q and k.

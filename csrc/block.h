@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace biflow {
 
@@ -12,7 +13,10 @@ enum class Gate : int { gelu, swiglu };        // gelu(fc1 x) | silu(first half 
 // of the layers' weights, of the activations they are multiplied with and of cached keys and values; all sums are fp32
 enum class Precision : int { fp32, bf16 };
 
-// What decides the packed layout.
+// Which kernels read the packed weights.
+enum class Target : int { cpu, cuda };
+
+// What decides the packed layout, for each target.
 struct BlockShape {
   int tokens = 0, channels = 0, width = 0, layers = 0, head_dim = 0, mlp_hidden = 0;
   Norm norm = Norm::layernorm;
@@ -25,19 +29,26 @@ struct BlockShape {
   int raw_columns() const { return shift_only ? channels : 2 * channels; }
 };
 
-// ---- Packed weights: one array of 32-bit words that a step reads front to back. Every piece starts on a 64-byte
-// boundary; vectors are padded with zeros to a multiple of kColumnGroup.
+// ---- Packed weights: one array of 32-bit words that a step reads front to back. The order is that of the fields of
+// PackedBlock, the layers one after the other in the order of PackedLayer; a linear layer is its weight, then its bias
+// [columns]. proj_in and proj_out, which touch the data, are fp32 always. What is padded is padded with zeros.
 //
-// A linear layer (out, in) is stored by columns of its transpose, padded with zeros to a multiple of kColumnGroup
-// (kTileColumns with bf16). fp32: panels of kPanelColumns outputs (the last one may be narrower), each [in][columns of
-// the panel]. bf16: tiles of kColumnGroup outputs, each [in / 2][kColumnGroup] pairs (k even in the low half), `in`
-// padded with zeros to a multiple of kTileDepth: what AMX multiplies. Then the bias [columns]. proj_in and proj_out,
-// which touch the data, are fp32 always.
-// The columns of fc1 with swiglu alternate: kColumnGroup of the first half, kColumnGroup of the second.
-// The order is that of the fields of PackedBlock, the layers one after the other in the order of PackedLayer.
+// For a CPU every piece starts on a 64-byte boundary; vectors are padded to a multiple of kColumnGroup. A linear layer
+// (out, in) is stored by columns of its transpose, padded to a multiple of kColumnGroup (kTileColumns with bf16). fp32:
+// panels of kPanelColumns outputs (the last one may be narrower), each [in][columns of the panel]. bf16: tiles of
+// kColumnGroup outputs, each [in / 2][kColumnGroup] pairs (k even in the low half), `in` padded to a multiple of
+// kTileDepth: what AMX multiplies. The columns of fc1 with swiglu alternate: kColumnGroup of the first half,
+// kColumnGroup of the second.
+//
+// For CUDA every piece starts on a 128-byte boundary; vectors are padded to a multiple of kVectorPad. A linear layer is
+// stored in fragments of kFragmentColumns outputs and kFragmentBytes of each: [columns / 8][in / depth][lane][16
+// bytes], where lane 4 g + t of a warp holds output g, inputs 8 t to 8 t + 7 of 32 (bf16) or 4 t to 4 t + 3 of 16
+// (fp32). The columns of fc1 with swiglu alternate one by one.
 constexpr int kPanelColumns = 64;
 constexpr int kColumnGroup = 16;
 constexpr int kTileColumns = 32, kTileDepth = 32;
+constexpr int kVectorPad = 32;
+constexpr int kFragmentColumns = 8, kFragmentBytes = 64, kFragmentWords = kFragmentColumns * kFragmentBytes / 4;
 
 static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static constexpr int64_t padded_columns(int64_t n) { return round_up(n, kColumnGroup); }
@@ -67,15 +78,26 @@ struct PackedBlock {
   int64_t size = 0;                    // of it all, in words
 };
 
-PackedBlock packed_block(const BlockShape& s);
+PackedBlock packed_block(const BlockShape& s, Target target = Target::cpu);
+
+// How one tensor of the state_dict, (rows, columns), is stored: row by row, `stride` words apart, or as the weight of a
+// linear layer.
+struct PackedSource {
+  enum class Form : int { rows, panels, tiles, fragments, fragments_bf16 };
+  int64_t at = 0;  // in words
+  int64_t rows = 0, columns = 0, stride = 0;
+  Form form = Form::rows;
+  int64_t half = 0;  // a linear layer's rows, or a bias' columns, from here on alternate with those before; 0: none do
+};
+
+// Of all tensors in the order below.
+std::vector<PackedSource> packed_sources(const BlockShape& s, Target target = Target::cpu);
 
 // source: the state_dict's tensors, contiguous, in the order proj_in.weight, .bias, [pos_embed], [start_token],
 // [rope_cos, rope_sin], then per layer norm1.weight, [norm1.bias], qkv.weight, .bias, [q_norm.weight, k_norm.weight],
 // proj.weight, .bias, norm2.weight, [norm2.bias], fc1.weight, .bias, fc2.weight, .bias, and last proj_out.weight, .bias
-// ([] where configured); packed: packed_block(s).size words, 64-byte aligned.
+// ([] where configured); packed: packed_block(s).size words, 64-byte aligned. For a CPU.
 void pack_block(const BlockShape& s, const float* const* source, float* packed);
-int64_t packed_sources(const BlockShape& s);                     // how many tensors that is
-int64_t packed_source_size(const BlockShape& s, int64_t index);  // the number of elements of one
 
 // ---- The cache of one sequence and head, in words. Keys in blocks of kKeyBlock tokens, each [d][kKeyBlock], so that a
 // vector holds one channel of neighbouring tokens and a block is read front to back; then values [token][d padded].

@@ -5,25 +5,33 @@
 
 namespace biflow {
 
-PackedBlock packed_block(const BlockShape& s) {
+PackedBlock packed_block(const BlockShape& s, Target target) {
+  const bool cpu = target == Target::cpu;
+  const int64_t pad = cpu ? kColumnGroup : kVectorPad;
   PackedBlock p;
   int64_t at = 0;
-  const auto take = [&at](int64_t n) {
+  const auto take = [&at, pad](int64_t n) {
     const int64_t start = at;
-    at += padded_columns(n);
+    at += round_up(n, pad);
     return start;
   };
-  const auto linear = [&take](int64_t columns, int in, Precision precision) {
+  const auto linear = [&take, cpu](int64_t columns, int in, Precision precision) {
     PackedLinear l;
-    const bool pairs = precision == Precision::bf16;
+    const bool bf16 = precision == Precision::bf16;
     l.in = in;
-    l.columns = static_cast<int>(round_up(columns, pairs ? kTileColumns : kColumnGroup));
-    l.weight = take(l.columns * (pairs ? round_up(in, kTileDepth) / 2 : in));
+    if (cpu) {
+      l.columns = static_cast<int>(round_up(columns, bf16 ? kTileColumns : kColumnGroup));
+      l.weight = take(l.columns * (bf16 ? round_up(in, kTileDepth) / 2 : in));
+    } else {
+      const int64_t depth = kFragmentBytes / (bf16 ? 2 : 4);
+      l.columns = static_cast<int>(round_up(columns, kFragmentColumns));
+      l.weight = take(l.columns / kFragmentColumns * (round_up(in, depth) / depth) * kFragmentWords);
+    }
     l.bias = take(l.columns);
     return l;
   };
-  const int64_t fc1_columns = s.gate == Gate::swiglu ? 2 * padded_columns(s.mlp_hidden) : s.mlp_hidden;
-  const bool bias = s.norm == Norm::layernorm;
+  const bool swiglu = s.gate == Gate::swiglu, bias = s.norm == Norm::layernorm;
+  const int64_t fc1_columns = cpu && swiglu ? 2 * padded_columns(s.mlp_hidden) : s.fc1_rows();
   p.proj_in = linear(s.width, s.channels, Precision::fp32);
   p.first_layer = at;
   at = 0;
@@ -39,7 +47,7 @@ PackedBlock packed_block(const BlockShape& s) {
   p.layer_size = at;
   at = p.first_layer + s.layers * p.layer_size;
   p.proj_out = linear(s.raw_columns(), s.width, Precision::fp32);
-  if (s.pos_embed) p.pos_embed = take(s.tokens * padded_columns(s.width));
+  if (s.pos_embed) p.pos_embed = take(s.tokens * round_up(s.width, pad));
   if (s.start_token) p.start_token = take(s.channels);
   if (s.rope) {
     p.rope_cos = take(static_cast<int64_t>(s.tokens) * (s.head_dim / 2));
@@ -49,40 +57,25 @@ PackedBlock packed_block(const BlockShape& s) {
   return p;
 }
 
-namespace {
-
-// How one tensor of the state_dict is stored: `rows` rows of `columns`, at `at`.
-struct Source {
-  enum class Form { rows, panels, tiles };  // row by row with `stride`; a linear layer in fp32, in bf16
-  int64_t at, rows, columns, stride;
-  Form form;
-  int64_t half = 0;  // a linear layer's rows, or a bias' columns, from here on alternate with those before; 0: none do
-};
-
-// The packed column of row `r` of a linear layer.
-int64_t packed_column(int64_t r, int64_t half) {
-  if (half == 0) return r;
-  const int64_t i = r < half ? r : r - half;
-  return i / kColumnGroup * 2 * kColumnGroup + (r < half ? 0 : kColumnGroup) + i % kColumnGroup;
-}
-
-std::vector<Source> sources(const BlockShape& s) {
-  using Form = Source::Form;
-  const PackedBlock p = packed_block(s);
-  std::vector<Source> list;
+std::vector<PackedSource> packed_sources(const BlockShape& s, Target target) {
+  using Form = PackedSource::Form;
+  const bool cpu = target == Target::cpu;
+  const PackedBlock p = packed_block(s, target);
+  std::vector<PackedSource> list;
   const auto rows = [&](int64_t at, int64_t n, int64_t columns, int64_t stride) {
     list.push_back({at, n, columns, stride, Form::rows});
   };
   const auto row = [&](int64_t at, int64_t n) { rows(at, 1, n, n); };
   const auto linear = [&](const PackedLinear& l, int64_t base, int64_t out, Precision precision, int64_t half = 0) {
-    list.push_back(
-        {base + l.weight, out, l.in, l.columns, precision == Precision::bf16 ? Form::tiles : Form::panels, half});
+    const bool bf16 = precision == Precision::bf16;
+    const Form form = cpu ? bf16 ? Form::tiles : Form::panels : bf16 ? Form::fragments_bf16 : Form::fragments;
+    list.push_back({base + l.weight, out, l.in, l.columns, form, half});
     list.push_back({base + l.bias, 1, out, out, Form::rows, half});
   };
   const bool bias = s.norm == Norm::layernorm;
   const int64_t rotation = static_cast<int64_t>(s.tokens) * (s.head_dim / 2);
   linear(p.proj_in, 0, s.width, Precision::fp32);
-  if (s.pos_embed) rows(p.pos_embed, s.tokens, s.width, padded_columns(s.width));
+  if (s.pos_embed) rows(p.pos_embed, s.tokens, s.width, round_up(s.width, cpu ? kColumnGroup : kVectorPad));
   if (s.start_token) row(p.start_token, s.channels);
   if (s.rope) row(p.rope_cos, rotation), row(p.rope_sin, rotation);
   for (int j = 0; j < s.layers; ++j) {
@@ -101,6 +94,15 @@ std::vector<Source> sources(const BlockShape& s) {
   return list;
 }
 
+namespace {
+
+// The packed column of row `r` of a linear layer.
+int64_t packed_column(int64_t r, int64_t half) {
+  if (half == 0) return r;
+  const int64_t i = r < half ? r : r - half;
+  return i / kColumnGroup * 2 * kColumnGroup + (r < half ? 0 : kColumnGroup) + i % kColumnGroup;
+}
+
 uint16_t to_bf16(float x) {  // to nearest even
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);
@@ -108,7 +110,7 @@ uint16_t to_bf16(float x) {  // to nearest even
   return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-void put_panels(const Source& to, const float* from, float* packed) {
+void put_panels(const PackedSource& to, const float* from, float* packed) {
   const int64_t columns = to.stride;
   for (int64_t r = 0; r < to.rows; ++r) {
     const int64_t c = packed_column(r, to.half), first = c / kPanelColumns * kPanelColumns;
@@ -118,7 +120,7 @@ void put_panels(const Source& to, const float* from, float* packed) {
   }
 }
 
-void put_tiles(const Source& to, const float* from, float* packed) {
+void put_tiles(const PackedSource& to, const float* from, float* packed) {
   const int64_t tile = round_up(to.columns, kTileDepth) * kColumnGroup;  // values
   for (int64_t r = 0; r < to.rows; ++r) {
     const int64_t c = packed_column(r, to.half);
@@ -132,21 +134,14 @@ void put_tiles(const Source& to, const float* from, float* packed) {
 
 }  // namespace
 
-int64_t packed_sources(const BlockShape& s) { return static_cast<int64_t>(sources(s).size()); }
-
-int64_t packed_source_size(const BlockShape& s, int64_t index) {
-  const Source source = sources(s)[index];
-  return source.rows * source.columns;
-}
-
 void pack_block(const BlockShape& s, const float* const* source, float* packed) {
   std::memset(packed, 0, sizeof(float) * packed_block(s).size);
-  for (const Source& to : sources(s)) {
+  for (const PackedSource& to : packed_sources(s)) {
     const float* from = *source++;
     float* at = packed + to.at;
-    if (to.form == Source::Form::panels) {
+    if (to.form == PackedSource::Form::panels) {
       put_panels(to, from, at);
-    } else if (to.form == Source::Form::tiles) {
+    } else if (to.form == PackedSource::Form::tiles) {
       put_tiles(to, from, at);
     } else if (to.half) {
       for (int64_t i = 0; i < to.columns; ++i) at[packed_column(i, to.half)] = from[i];

@@ -26,4 +26,33 @@ BIFLOW_MATRIX_KERNEL(decode_block_scratch, (const DecodeBlockParams& p, const Sc
 // The share of one worker of s.workers(). A sample's result is the same whatever the schedule.
 BIFLOW_MATRIX_KERNEL(decode_block, (const DecodeBlockParams& p, const Schedule& s, int worker), (p, s, worker))
 }  // namespace cpu
+
+namespace cuda {
+// How a call is divided on a GPU. A sample's bits do not depend on row_tiles and blocks, nor on the samples beside it;
+// the other fields change the order of sums.
+struct DecodePlan {
+  bool persistent = false;     // all steps in one cooperative launch; otherwise one launch a phase
+  int row_tiles = 1;           // of 16 sequences, which a block multiplies at once: 1, 2 or 4
+  int blocks = 1;              // of the grid, at least one for each 16 row_tiles sequences
+  int splits = 1;              // blocks that share the tokens of a sequence and head in attention; head_dim % 8 == 0
+  int warps = 8;               // that share those of a split: 1, 2, 4 or 8
+  bool norm_in_place = false;  // every block normalises for itself, one phase less; row_tiles == 1
+};
+
+// The current device's. p.packed is for Target::cuda; B >= 1, B and T below 2^20.
+DecodePlan decode_plan(const DecodeBlockParams& p);
+// Scratch memory in 32-bit words: how many, and where the buffers of csrc/cuda/decode_block_state.cuh start. Some are
+// empty.
+struct DecodeBuffers {
+  int64_t words = 0, x = 0, y = 0, o = 0, h = 0, partial = 0, lse = 0, qkv = 0, raw = 0, cache = 0;
+};
+DecodeBuffers decode_buffers(const DecodeBlockParams& p, const DecodePlan& plan);
+// Enqueues on the stream (a cudaStream_t) of the current device; returns a cudaError_t. packed and workspace are
+// 16-byte aligned, added and null_added 8-byte aligned. phases: to stop after so many of them, where they are launches
+// of their own; negative: all.
+int decode_block(const DecodeBlockParams& p, const DecodePlan& plan, float* workspace, int64_t phases, void* stream);
+
+// One tensor of the state_dict into packed memory, which was zero.
+int pack_source(const PackedSource& to, const float* from, float* packed, void* stream);
+}  // namespace cuda
 }  // namespace biflow

@@ -25,4 +25,9 @@ namespace cpu {
 // The samples [begin, end).
 BIFLOW_CPU_KERNEL(jacobi_update, (const JacobiUpdateParams& p, int64_t begin, int64_t end), (p, begin, end))
 }  // namespace cpu
+
+namespace cuda {
+// Enqueues on the stream (a cudaStream_t) of the current device and returns a cudaError_t. B > 0; D <= 2^29.
+int jacobi_update(const JacobiUpdateParams& p, void* stream);
+}  // namespace cuda
 }  // namespace biflow

@@ -39,11 +39,11 @@ STEMS = ("affine", "attention", "block_params", "decode_block", "gate", "jacobi_
 # ops of a stem whose name does not begin with it
 OTHER_NAMES = {"pack_block": "decode_block", "add_norm": "norm"}
 CPU_KERNEL_IS_TORCH = {"attention"}  # torch's own fused attention
-WITH_CUDA_KERNEL = {"affine", "attention"}
+WITH_CUDA_KERNEL = {"affine", "attention", "decode_block", "jacobi_update"}
 # bound by bandwidth and simple: Triton on a GPU, torch's own functions on a CPU; neither csrc nor bindings
 KERNEL_IS_TRITON = {"gate", "norm"}
 # questions about the machine, about weights, about a size: no maths
-NOT_OPS = {"cpu_isa", "force_cpu_isa", "weights_fingerprint", "block_cache_size"}
+NOT_OPS = {"cpu_isa", "force_cpu_isa", "weights_fingerprint", "block_cache_size", "decode_block_buffers"}
 PUBLIC = (
     "add_norm",
     "affine_encode",

@@ -12,8 +12,15 @@ from biflow import ops, reference
 
 attention_module = importlib.import_module("biflow.ops.attention")  # the package's name `attention` is the function
 
-# (B, H, Tq, Tk, d): one key, odd, cross attention, head_dim 64, longer than a block of SDPA
-SHAPES = [(1, 1, 1, 1, 1), (2, 3, 7, 7, 5), (2, 2, 3, 11, 8), (1, 2, 33, 33, 64), (1, 1, 600, 600, 16)]
+# (B, H, Tq, Tk, d): one key, odd, other keys than queries, one query, head_dim 64, longer than a block of SDPA
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (2, 3, 7, 7, 5),
+    (2, 2, 3, 11, 8),
+    (2, 2, 1, 9, 8),
+    (1, 2, 33, 33, 64),
+    (1, 1, 600, 600, 16),
+]
 
 
 def make(shape, dtype=torch.float32, seed=0):
@@ -36,7 +43,7 @@ def value_and_grads(f, q, k, v, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype):
     q, k, v, mask = make(shape, dtype)
-    for causal in (False, True) if shape[2] == shape[3] else (False,):
+    for causal in (False, True):
         for m in (None, mask):
             # small logits: torch's fused backward recomputes exp(logit - logsumexp), so its error grows with them
             for scale in (None, 0.7 * shape[4] ** -0.5):
@@ -81,6 +88,17 @@ def test_causality():
     influence = jacobian.abs().amax(dim=(1, 2, 3, 5))  # [query, key]
     assert (influence.triu(1) == 0).all()
     assert (influence.tril() > 0).sum() == 15
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5])
+def test_fewer_queries_than_keys_are_the_last_ones(queries):
+    """Row i of causal attention over all tokens, whose earlier keys were kept: also where a mask leaves it no key."""
+    q, k, v, mask = make((2, 3, 6, 6, 4), torch.float64)
+    mask[1, :4] = False
+    for m in (None, mask):
+        whole = ops.attention(q, k, v, causal=True, mask=m)
+        got = ops.attention(q[:, :, 6 - queries :], k, v, causal=True, mask=m)
+        torch.testing.assert_close(got, whole[:, :, 6 - queries :], rtol=1e-12, atol=0)
 
 
 def test_empty():
@@ -281,7 +299,7 @@ def test_gradients_are_seen_while_compiling(monkeypatch, wanted):
 
 # --- bad input --------------------------------------------------------------------------------------------------------
 
-Q, M = torch.zeros(2, 3, 4, 8), torch.ones(2, 4, dtype=torch.bool)
+Q, K, M = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 3, 8), torch.ones(2, 4, dtype=torch.bool)
 BAD = {
     "not a tensor": (TypeError, "q: expected a Tensor, got NoneType", (None, Q, Q), {}),
     "integer": (TypeError, "q: expected float32.*got torch.int64", (Q.long(), Q.long(), Q.long()), {}),
@@ -290,7 +308,7 @@ BAD = {
     "3-D": (ValueError, r"k: expected \(B, H, T, d\), got shape \(3, 4, 8\)", (Q, Q[0], Q), {}),
     "heads": (ValueError, r"k: expected \(B, H, Tk, d\) = \(2, 3, 4, 8\), got \(2, 2, 4, 8\)", (Q, Q[:, :2], Q), {}),
     "v tokens": (ValueError, r"v: expected .* = \(2, 3, 4, 8\), got \(2, 3, 3, 8\)", (Q, Q, Q[:, :, :3]), {}),
-    "causal cross": (ValueError, "as many queries as keys, got 3 and 4", (Q[:, :, :3], Q, Q), {"causal": True}),
+    "causal cross": (ValueError, "at most as many queries as keys, got 4 and 3", (Q, K, K), {"causal": True}),
     "mask dtype": (TypeError, "mask: expected a bool Tensor, got torch.float32", (Q, Q, Q), {"mask": M.float()}),
     "mask shape": (ValueError, r"mask: expected \(B, Tk\) = \(2, 4\), got \(2, 3\)", (Q, Q, Q), {"mask": M[:, :3]}),
     "causal": (TypeError, "causal: expected a bool, got str 'no'", (Q, Q, Q), {"causal": "no"}),

@@ -21,6 +21,19 @@ MUST_USE = {
         "16-byte loads": r"LDG\..*128",
         "16-byte stores": r"STG\..*128",
     },
+    "jacobi_step<4>": {"16-byte loads": r"LDG\..*128", "16-byte stores": r"STG\..*128"},
+    "decode_block_persistent<__nv_bfloat16": {
+        "tensor cores": r"HMMA\.16816\.F32\.BF16",
+        "asynchronous 16-byte copies": r"LDGSTS\..*128",
+        "16-byte loads": r"LDG\..*128",
+    },
+    "decode_block_phase<__nv_bfloat16": {
+        "tensor cores": r"HMMA\.16816\.F32\.BF16",
+        "asynchronous 16-byte copies": r"LDGSTS\..*128",
+        "16-byte loads": r"LDG\..*128",
+    },
+    "decode_block_persistent<float": {"asynchronous 16-byte copies": r"LDGSTS\..*128", "16-byte loads": r"LDG\..*128"},
+    "decode_block_phase<float": {"asynchronous 16-byte copies": r"LDGSTS\..*128", "16-byte loads": r"LDG\..*128"},
     "attention_kernel": {
         "tensor cores": r"HMMA\.16816\.F32",
         "ldmatrix": r"LDSM\.16\.MT88\.4",

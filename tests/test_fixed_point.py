@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from biflow import solvers
 from biflow.solvers import Condition, Method
@@ -57,6 +58,9 @@ class ChainIterate:
         residual = ((old - new).abs() / self.z[:, start:stop, 0].abs().clamp_min(1)).amax(1)
         measured = torch.stack([update, residual])
         return measured.masked_fill(~measured.isfinite(), torch.nan)
+
+    def result(self):
+        return self.x
 
 
 def ones(batch, tokens):
@@ -181,6 +185,40 @@ def test_a_device_may_be_asked_every_few_passes_only(window):
     assert PATIENCE < passes <= PATIENCE + 3
 
 
+@pytest.mark.parametrize(("gain", "drafts"), [(0.01, (3,)), (0.1, (3,)), (0.99, (MAX_DRAFTS,))])
+def test_drafts_too_are_looked_at_every_few_passes(gain, drafts):
+    block = Chain(100, [gain, gain], look_every=3, has_draft=True)
+    x, _, fallbacks = solvers.solve(block, ones(2, 100), Condition(), Method("jacobi"), 1e-5)
+    assert block.drafts in drafts
+    assert (fallbacks == ()) == (gain < 0.5)
+    assert (x - block.decode_sequential(ones(2, 100), Condition())).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("window", [1, 7, 100])
+def test_the_host_waits_for_a_device_at_its_looks_only(window, monkeypatch):
+    """Between them nothing asks for a value: no item, no index whose length the device would have to tell."""
+    looks, waits = [], []
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            indices = args[1] if op.name().startswith("aten::index") else ()
+            if op.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select") or any(
+                getattr(i, "dtype", None) == torch.bool for i in indices
+            ):
+                waits.append(op.name())
+            return op(*args, **(kwargs or {}))
+
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: looks.append(1) or to_list(t))
+    block = Chain(20, [0.1, 0.2], look_every=3, has_draft=True)
+    with Waits():
+        _, converged, passes = fixed_point(block, ones(2, 20), Condition(torch.tensor([0, 1])), window, 1e-5)
+    windows, counted = -(-20 // window), passes - block.drafts
+    assert 0 < len(looks) <= counted / 3 + windows
+    assert len(waits) <= block.drafts / 3 + windows, waits
+    assert converged.all()
+
+
 def test_an_empty_batch():
     for method in (Method("jacobi"), Method("windowed", 4), Method("sequential")):
         x, _, fallbacks = solvers.solve(Chain(8), ones(0, 8), Condition(torch.zeros(0).long()), method, 1e-5)
@@ -208,6 +246,9 @@ class Script:
         now = [e[min(self.passes, len(e) - 1)] for e in self.errors]
         self.passes += 1
         return torch.tensor([e if isinstance(e, list) else [e, e] for e in now]).T
+
+    def result(self):
+        return self.x
 
     def run(self, tol=1e-5):
         _, converged, passes = fixed_point(self, self.x, Condition(), 100, tol)

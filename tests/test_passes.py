@@ -19,10 +19,11 @@ from biflow.models.layers import Layer
 class Recorded:
     """Replays a call on static inputs into static outputs; the weights are read where they lay when it was recorded."""
 
-    def __init__(self, network, method, inputs, options):
+    def __init__(self, call, inputs):
         self.inputs = [None if t is None else t.clone() for t in inputs]
+        network, method = call.func.__self__, call.func.__name__
         memory = {id(t): alias(t) for t in [*network.parameters(), *network.buffers()]}
-        self.call = functools.partial(getattr(copy.deepcopy(network, memory), method), **options)
+        self.call = functools.partial(getattr(copy.deepcopy(network, memory), method), **call.keywords)
         self.replays = 0
         self.outputs = self.call(*self.inputs)
 

@@ -281,16 +281,6 @@ def test_refuses_to_pack_weights_of_another_device():
         make_flow().to("meta").blocks[0].packed("fp32")
 
 
-def test_refuses_to_decode_on_a_gpu(monkeypatch):
-    """Before anything looks at values, which the device that stands for a GPU here does not have."""
-    monkeypatch.setattr("biflow.models.layers.DEVICES", ("cpu", "meta"))
-    flow = make_flow().to("meta")
-    with pytest.raises(ValueError, match="got one on meta: exact decoding has no kernels for other devices yet"):
-        flow.decode(torch.empty(BATCH, 4, 4, device="meta"))
-    with pytest.raises(ValueError, match=re.escape("decode with flow.cpu()")):
-        flow.sample(2)
-
-
 def test_refuses_to_decode_in_fp64():
     flow = make_flow(dtype=torch.float64)
     with pytest.raises(TypeError, match=re.escape("expected a model of torch.float32 weights, got torch.float64")):

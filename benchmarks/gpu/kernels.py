@@ -31,6 +31,14 @@ AFFINE = [
     ("interleaved, 403 MB", (32, 1024, 768), F32, F32, {"layout": "interleaved"}),
     ("softplus tanh, 403 MB", (32, 1024, 768), F32, F32, {"scale": "softplus", "clip": ("tanh", 4.0)}),
 ]
+# name, (B, T, D), window, options
+JACOBI = [
+    ("B/2 batch 1", (1, 256, 16), 256, {}),
+    ("B/2 batch 64", (64, 256, 16), 256, {}),
+    ("B/2 batch 64, window 16", (64, 256, 16), 16, {}),
+    ("TARFlow-64 batch 64", (64, 1024, 12), 1024, {"flip": True}),
+    ("503 MB", (32, 1024, 768), 1024, {}),
+]
 # name, (B, H, T, d), causal, QK-norm and RoPE
 ATTENTION = [
     ("B/2 reverse batch 1", (1, 12, 264, 64), False, True),
@@ -50,7 +58,12 @@ L2_BYTES = 30e6  # sets above this are timed from memory, others from the cache
 
 
 def cases(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
-    every = [*affine(timer, limits, dry), *attention(timer, limits, dry), *norm_and_gate(timer, limits, dry)]
+    every = [
+        *affine(timer, limits, dry),
+        *jacobi_update(timer, limits, dry),
+        *attention(timer, limits, dry),
+        *norm_and_gate(timer, limits, dry),
+    ]
     yield from every
     for case in every if not dry else []:
         if (case.labels["op"], case.labels["case"]) in COMPILED:
@@ -143,6 +156,27 @@ def _cupy_encode(x: torch.Tensor, params: torch.Tensor) -> Call:
             kernel(*given, x.shape[1], x.shape[2], out)
 
     return Call(call, graph=False)
+
+
+def jacobi_update(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
+    for case in JACOBI:
+        labels = {"op": "jacobi_update_", "case": case[0]}
+        yield Case(labels, partial(_jacobi_update, timer, limits, dry, case))
+
+
+def _jacobi_update(timer, limits, dry, case, compiled=False) -> dict:
+    _, (B, T, D), window, options = case
+    B = B if not dry else 1
+    x, raw = _randn(timer, B, T, D), 0.5 * _randn(timer, B, T, 2 * D)
+    given = (x, x.roll(1, 1), raw, torch.empty(2, B, device=timer.device))
+    options = options | {"start": T - window, "stop": T}
+    calls = {
+        who: Call(partial(m.jacobi_update_, *given, **options)) for who, m in (("ours", ops), ("eager", reference))
+    }
+    moved = 5 * 4 * B * window * D
+    with torch.no_grad():
+        times = timer(_contestants(calls, compiled), cold=moved > L2_BYTES)
+    return _row(times, bound(limits, {"copy": moved}), moved, gb_s=moved / 1e9)
 
 
 def attention(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:

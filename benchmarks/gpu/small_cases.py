@@ -3,6 +3,7 @@
 import torch
 
 from biflow import ops
+from biflow.ops.decode_block import block_shapes
 
 # heads, tokens, d, causal, dtype
 ATTENTION = (
@@ -11,6 +12,8 @@ ATTENTION = (
     (1, 70, 128, False, torch.bfloat16),
     (1, 460, 128, False, torch.bfloat16),  # more keys than shared memory holds
 )
+# [persistent, row_tiles, blocks, splits, warps, norm_in_place] by csrc/decode_block.h
+DECODES = ([1, 1, 3, 1, 8, 1], [0, 1, 2, 3, 8, 1], [1, 2, 4, 1, 2, 0], [0, 4, 2, 1, 1, 0])
 # of 330 tokens, by csrc/attention.h: streamed, two tiles of rows a warp, both
 PLANS = ([1, 4, 6, 3], [2, 2, 6, 6], [2, 4, 3, 3])
 
@@ -35,6 +38,9 @@ def main() -> None:
         y, h_out = ops.add_norm(x, h, weight, weight if kind == "layernorm" else None, kind=kind, eps=1e-5)
         y = ops.norm(ops.gate(y, gate)[:, : shape[1] // 2], weight[: shape[1] // 2], kind=kind, eps=1e-5)
         torch.autograd.grad(y.sum() + h_out.sum(), (x, h, weight))
+    for shape, layout in (((2, 700, 12), "scale_shift"), ((9, 5, 7), "interleaved")):
+        x, z, raw, moved = randn(*shape), randn(*shape), randn(*shape[:2], 2 * shape[2]), randn(2, shape[0])
+        ops.jacobi_update_(x, z, raw, moved, start=1, stop=shape[1], layout=layout, flip=True)
     with torch.no_grad():
         for heads, tokens, d, causal, dtype in ATTENTION:
             qkv = randn(2, tokens, 3 * heads * d, dtype=dtype)
@@ -48,8 +54,26 @@ def main() -> None:
                 q, k, v = randn(3, 1, 2, 330, 64, dtype=dtype)
                 no_norms = (None, None, 0.0, None, None, 0)
                 torch.ops.biflow.attention_forward(q, k, v, True, 0.125, None, *no_norms, plan)
+                ops.attention(q[:, :, 199:], k, v, causal=True)
+        decode(randn)
     torch.cuda.synchronize()
     print("done")
+
+
+def decode(randn) -> None:
+    """Blocks of ragged sizes, 19 guided samples after a prefix."""
+    for options in ({}, dict(norm="rmsnorm", gate="swiglu", qk_norm=True, rope=True, start_token=True, flip=True)):
+        config = ops.BlockConfig(tokens=5, channels=3, width=48, layers=2, head_dim=24, mlp_hidden=37, **options)
+        weights = {name: 0.1 * randn(*shape) for name, shape in block_shapes(config).items()}
+        z, prefix = randn(19, 5, 3), randn(19, 2, 48)
+        for precision in ("fp32", "bf16"):
+            packed = ops.pack_block(weights, config, precision)
+            guided = dict(guidance=1.0, guide="ab", anneal=True, attn_temp=0.8)
+            given = dict(packed.shape_options, **packed.affine_options, **guided)
+            for plan in DECODES:
+                torch.ops.biflow.decode_block_(
+                    z, packed.packed, None, prefix, None, prefix, torch.empty_like(z), plan=plan, **given
+                )
 
 
 if __name__ == "__main__":

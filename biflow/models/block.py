@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from biflow import ops
-from biflow.models.iterate import BlockIterate
-from biflow.models.layers import Layer, class_rows, layers_in, rope_tables
+from biflow.models.iterate import BlockIterate, GraphIterate, Iterates
+from biflow.models.layers import Layer, class_rows, layers_in, recording, rope_tables
+from biflow.models.passes import graphable
+from biflow.models.sequential import Sequential
 from biflow.ops import BlockConfig
 from biflow.ops._checks import check_device
 from biflow.ops._weights import weights_key
@@ -56,6 +58,8 @@ class Block(nn.Module):
         self._packed_key: int | None = None
         self._frozen = 0  # how many times, by whichever thread
         self._looked = False  # whether they have been looked at since
+        self._period = 0  # counts what `frozen` opened
+        self._iterates, self._sequential = Iterates(), Sequential()  # on a GPU
 
     @property
     def causal(self) -> bool:
@@ -154,11 +158,19 @@ class Block(nn.Module):
         halves = halves[1:] if c.shift_only else halves
         return raw + weight * halves.repeat_interleave(c.channels) * (raw - other)
 
+    def weights(self) -> dict[str, Tensor]:
+        """What `ops.pack_block` takes."""
+        named = [*self.named_parameters(), *self.named_buffers()]
+        return {k: v.detach() for k, v in named if not k.startswith(("context_proj", "null_context"))}
+
     def packed(self, *precisions: str) -> tuple[ops.BlockWeights, ...]:
         """The weights as the ops read them, in each precision; packed again when their values changed, however.
 
         Inside `frozen` they are looked at once. torch.compile breaks its graph here: a graph could not tell.
         """
+        if self.proj_in.weight.is_cuda:  # in a graph of the caller's: it packs them each time
+            weights = self.weights()
+            return tuple(ops.pack_block(weights, self.config, p) for p in precisions)
         packed = self._packed  # replaced, never emptied: another thread may be reading it
         if not (self._looked and all(p in packed for p in precisions)):
             check_device("decode: weights", self.proj_in.weight)
@@ -172,8 +184,7 @@ class Block(nn.Module):
             packed = dict(packed) if key == self._packed_key else {}
             missing = [p for p in precisions if p not in packed]
             if missing:
-                named = [*self.named_parameters(), *self.named_buffers()]
-                weights = {k: v.detach() for k, v in named if not k.startswith(("context_proj", "null_context"))}
+                weights = self.weights()
                 packed |= {p: ops.pack_block(weights, self.config, p) for p in missing}
             self._packed, self._packed_key, self._looked = packed, key, self._frozen > 0
         return tuple(packed[p] for p in precisions)
@@ -184,6 +195,7 @@ class Block(nn.Module):
         with _FREEZING:
             if self._frozen == 0:
                 self._looked = False  # what changed since the last call is seen
+                self._period += 1
             self._frozen += 1
         try:
             yield
@@ -192,6 +204,11 @@ class Block(nn.Module):
                 self._frozen -= 1
                 if self._frozen == 0:
                     self._looked = False
+
+    @property
+    def _open_period(self) -> int | None:
+        """Which `frozen` this is inside of, counted; None: in none."""
+        return self._period if self._frozen else None
 
     def _condition(self, condition: Condition, batch: int) -> dict:
         """The condition as the ops of a packed block take it."""
@@ -219,6 +236,8 @@ class Block(nn.Module):
     def decode_sequential(self, z: Tensor, condition: Condition) -> Tensor:
         """The exact inverse, token by token: z (B,T,D) in data order -> x (B,T,D) in data order."""
         given = self._condition(condition, z.shape[0])
+        if graphable((z,)) and not recording():
+            return self._sequential.decode(self, z, condition.precision, given, self._open_period)
         (weights,) = self.packed(condition.precision)
         return ops.decode_block(z, weights, self.config, **given)
 
@@ -238,15 +257,22 @@ class Block(nn.Module):
         raw = self.guided_params(x, condition, self.project_context(condition.context, x.shape[0]))
         return (self.affine(x, raw)[0] - z).abs().flatten(1).amax(1)
 
-    def iterate(self, z: Tensor, condition: Condition) -> BlockIterate:
+    def iterate(self, z: Tensor, condition: Condition) -> BlockIterate | GraphIterate:
         """The fixed-point iteration towards the inverse of z (B,T,D), in data order."""
-        drafts = ("bf16",) if condition.precision == "fp32" and ops.has_fast_bf16() else ()
-        weights, *draft = self.packed(condition.precision, *drafts)
-        return BlockIterate(weights, draft[0] if draft else None, z, self._condition(condition, z.shape[0]))
+        precisions, given = (condition.precision,), self._condition(condition, z.shape[0])
+        if condition.precision == "fp32" and ops.has_fast_bf16(z.device):
+            precisions += ("bf16",)
+        if graphable((z,)) and not recording():
+            return self._iterates.start(self, z, precisions, given, self._open_period)
+        weights, *draft = self.packed(*precisions)
+        return BlockIterate(weights, draft[0] if draft else None, z, given)
 
     def _apply(self, fn, recurse=True):  # .to(), .cuda(), .double(): do not keep the old weights alive
         self._packed, self._packed_key, self._looked = {}, None, False
+        self._iterates.forget()
+        self._sequential.forget()
         return super()._apply(fn, recurse)
 
-    def __getstate__(self):  # packed weights are a cache: not copied, not saved
-        return {**self.__dict__, "_packed": {}, "_packed_key": None, "_frozen": 0, "_looked": False}
+    def __getstate__(self):  # packed weights and iterations are caches: not copied, not saved
+        caches = {"_packed": {}, "_packed_key": None, "_frozen": 0, "_looked": False}
+        return {**self.__dict__, **caches, "_iterates": Iterates(), "_sequential": Sequential()}

@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,27 +36,30 @@ class CudaGraph:
         self.graph.replay()
 
 
-_CAPTURING: weakref.WeakValueDictionary[tuple, "CudaRecorder"] = weakref.WeakValueDictionary()  # by stream
+_POOLS: weakref.WeakValueDictionary[tuple, "_Pool"] = weakref.WeakValueDictionary()  # by stream
 
 
-def _capture_stream(recorder: "CudaRecorder") -> torch.cuda.Stream:
-    """A stream that nobody else works on or records on: what cuBLAS keeps for it lies in this recorder's pool.
+class _Pool:
+    """Memory that graphs share, and the stream that they are recorded on.
 
-    torch has 32 streams of a priority and hands them out in turn; hardly anybody asks for one of high priority.
+    Nobody else works on the stream, so that what cuBLAS keeps for it lies in this memory. torch has 32 streams of a
+    priority and hands them out in turn; hardly anybody asks for one of high priority.
     """
-    for _ in range(32):
-        stream = torch.cuda.Stream(priority=-1)
-        if _CAPTURING.setdefault((stream.device, stream.cuda_stream), recorder) is recorder:
-            break
-    return stream
+
+    def __init__(self):
+        self.handle = torch.cuda.graph_pool_handle()
+        for _ in range(32):
+            self.stream = torch.cuda.Stream(priority=-1)
+            if _POOLS.setdefault((self.stream.device, self.stream.cuda_stream), self) is self:
+                break
 
 
 class CudaRecorder:
     """Records calls into one pool of memory; `turn` puts the calls of all streams one after the other."""
 
     def __init__(self):
-        self._pool = None
-        self._stream: torch.cuda.Stream | None = None  # of every recording: only then do graphs share memory
+        self._pool: _Pool | None = None
+        self._graphs: weakref.WeakSet[CudaGraph] = weakref.WeakSet()  # those in the pool
         self._done: torch.cuda.Event | None = None  # the last turn's work
 
     @contextlib.contextmanager
@@ -70,12 +74,13 @@ class CudaRecorder:
                 self._done = torch.cuda.Event()
                 self._done.record(stream)
 
-    def record(self, network: nn.Module, method: str, inputs: tuple[Tensor | None, ...], options: dict) -> CudaGraph:
+    def record(self, call: Callable, inputs: tuple[Tensor | None, ...] = ()) -> CudaGraph:
         with _RECORDING:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-                self._stream = _capture_stream(self)
-            return CudaGraph(lambda *t: getattr(network, method)(*t, **options), inputs, self._stream, self._pool)
+            if not self._graphs:  # torch refuses a pool whose graphs have all gone
+                self._pool = _Pool()
+            graph = CudaGraph(call, inputs, self._pool.stream, self._pool.handle)
+            self._graphs.add(graph)
+            return graph
 
     def wait(self) -> None:
         """Until the graphs' memory may go."""
@@ -201,9 +206,10 @@ class Passes:
         name = (method, precision, shapes, tuple(sorted(options.items())), products)
         recorded = self._graphs.pop(name, None)
         if recorded is None or not (self._frozen and recorded.period == self._period):
-            places = _places(network)
+            places = places_of(_tensors(network))
             if recorded is None or recorded.places != places:
-                recorded = _Recorded(self._recorder.record(network, method, inputs, options), places)
+                call = functools.partial(getattr(network, method), **options)
+                recorded = _Recorded(self._recorder.record(call, inputs), places)
             recorded.period = self._period
         self._graphs[name] = recorded
         if len(self._graphs) > MAX_GRAPHS:
@@ -219,7 +225,7 @@ class Passes:
         """The module in bf16. Only the layers' linear weights are copies; the other tensors are the module's own."""
         if self._twin is not None and self._frozen and self._twin_period == self._period:
             return self._twin
-        key = (_places(self._module), _hash(self._module))
+        key = (places_of(_tensors(self._module)), _hash(self._module))
         if self._twin is None or self._twin_key[0] != key[0]:
             self._recorder.wait()  # another stream may still read the twin that goes
             self._twin = _share(self._module)
@@ -251,9 +257,9 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _places(module: nn.Module) -> tuple:
-    """Where the weights lie: what a graph has recorded of them."""
-    return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in _tensors(module))
+def places_of(tensors: Iterable[Tensor]) -> tuple:
+    """Where weights lie: what a graph has recorded of them."""
+    return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
 
 
 def _hash(module: nn.Module) -> int | None:

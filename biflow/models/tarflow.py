@@ -273,7 +273,7 @@ class TarFlow(PassModule):
         """Noise to data: the exact inverse of `encode`. Not differentiable: train through `encode`.
 
         Args:
-            z: (B,T,D) fp32, on the CPU like the model: there are no kernels for other devices yet.
+            z: (B,T,D) fp32, on the model's device.
             y, context: the condition, as in `encode`. Where y is -1 guidance acts only through attn_temp. The
                 unconditional pass sees as many null tokens as context has.
             solver: how each block is inverted. "sequential": token by token. "jacobi": all tokens at once, iterated to
@@ -309,11 +309,6 @@ class TarFlow(PassModule):
         strength = solvers.Guidance(guidance, guide, anneal, attn_temp)
         check_decoding(precision, solvers.PRECISIONS, weight)
         check_kernels(weight)
-        if weight.device.type != "cpu":
-            raise ValueError(
-                f"decode: expected a model on the CPU, got one on {weight.device}: exact decoding has no kernels for "
-                "other devices yet; decode with flow.cpu()"
-            )
         with torch.autocast(weight.device.type, enabled=False):  # precision says what is computed, not the surroundings
             check_floats("z", z, (None, c.tokens, c.channels), weight)
             self._check_condition(y, context, z.shape[0])

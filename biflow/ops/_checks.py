@@ -69,7 +69,13 @@ def check_float32(name: str, t: object) -> None:
     check_tensor(name, t)
     if t.dtype != torch.float32:
         raise TypeError(f"{name}: expected float32, got {t.dtype}")
-    check_device(name, t)
+    check_device(name, t, ("cpu", "cuda"))
+
+
+def check_beside(name: str, t: Tensor, device: torch.device, like: str) -> None:
+    """t is on the device that `like` is on."""
+    if t.device != device:
+        raise ValueError(f"{name}: expected device {device} like {like}, got {t.device}")
 
 
 def check_shape(name: str, t: Tensor, *shapes: tuple) -> None:

@@ -32,7 +32,8 @@ def attention(
     Args:
         q: (B, H, Tq, d), float32, bfloat16, float16 or float64.
         k, v: (B, H, Tk, d), dtype and device of q.
-        causal: query i attends to keys <= i; needs Tq = Tk.
+        causal: query i attends to keys <= Tk - Tq + i: the last query to all keys, as where the first Tk - Tq keys were
+            kept from earlier calls; needs Tq <= Tk.
         scale: factor of the logits; None: d^-0.5.
         mask: (B, Tk) bool over keys, True = attend. With `causal` both must allow a key. What masked keys and values
             hold, NaN included, does not matter. A query left without any key gives 0, with gradient 0.
@@ -57,8 +58,8 @@ def attention(
         if tuple(t.shape) != expected:
             raise ValueError(f"{name}: expected (B, H, Tk, d) = {expected}, got {tuple(t.shape)}")
     check_flag("causal", causal)
-    if causal and q.shape[2] != k.shape[2]:
-        raise ValueError(f"causal: expected as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+    if causal and q.shape[2] > k.shape[2]:
+        raise ValueError(f"causal: expected at most as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
     _check_mask("Tk", mask, (k.shape[0], k.shape[2]), "q", q.device)
     return torch.ops.biflow.attention(q, k, v, causal, _check_scale(scale, q.shape[3]), mask)
 
@@ -207,12 +208,18 @@ def _attention(q, k, v, causal, scale, mask):
         return o.transpose(1, 2)
     if k.shape[2] == 0:  # no key for any query
         return torch.zeros_like(q)
-    if mask is None:
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None and (not causal or queries == keys):  # torch's is_causal aligns other shapes at the start
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    if mask is None and queries == 1:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    earlier = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries) if causal else None
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=earlier, scale=scale)
     k, v = _masked(mask, k, v)
     allowed = mask[:, None, None, :]
     if causal:
-        allowed = allowed & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        allowed = allowed & earlier
     empty = ~allowed.any(dim=-1, keepdim=True)  # these rows attend to everything, then become 0: never NaN
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | empty, scale=scale).masked_fill(empty, 0)
 

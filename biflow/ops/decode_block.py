@@ -9,15 +9,16 @@ from torch import Tensor
 
 from biflow import _library  # noqa: F401
 from biflow.ops._arrays import takes_arrays
+from biflow.ops._block_pass import DTYPES
 from biflow.ops._checks import (
     CLIP_ON,
     LAYOUTS,
     SCALES,
     any_requires_grad,
+    check_beside,
     check_buffer,
     check_choice,
     check_clip,
-    check_device,
     check_flag,
     check_float32,
     check_number,
@@ -95,16 +96,21 @@ class BlockWeights:
     """A block's weights, packed for `decode_block` and `block_params` by `pack_block`.
 
     precision: of the layers' weights, of the activations they multiply and of cached keys and values, "fp32" or "bf16".
-    class_embed is (N, max(K, 1), C) or None.
+    class_embed is (N, max(K, 1), C) or None. plain: on a GPU, what `block_params` reads there, see `plain_weights`.
     """
 
-    packed: Tensor
+    packed: Tensor | None
     class_embed: Tensor | None
     class_mean: Tensor | None
     config: BlockConfig
     precision: str
     shape_options: dict[str, object]  # what the torch ops take of the config: the network's shape,
     affine_options: dict[str, object]  # and the affine map
+    plain: dict[str, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return (self.packed if self.plain is None else self.plain["proj_in.bias"]).device
 
 
 def block_shapes(config: BlockConfig) -> dict[str, tuple[int, ...]]:
@@ -145,10 +151,46 @@ def _shape_options(config: BlockConfig) -> dict[str, object]:
     return {name: getattr(config, name) for name in names}
 
 
+def plain_weights(state_dict: dict[str, Tensor], config: BlockConfig, precision: str) -> dict[str, Tensor]:
+    """The given tensors in the order of `block_shapes`, without class_embed.
+
+    bf16: the weights and biases of the layers' linear maps are rounded copies.
+    """
+    linear = ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    plain = {name: state_dict[name].detach() for name in block_shapes(config) if name != "class_embed"}
+    return {name: t.to(DTYPES[precision]) if name.endswith(linear) else t for name, t in plain.items()}
+
+
+def packed_weights(state_dict: dict[str, Tensor], config: BlockConfig, precision: str) -> Tensor:
+    """The given tensors, without class_embed, in the layout of csrc/block.h for the device that they are on."""
+    weights = [state_dict[name].detach().contiguous() for name in block_shapes(config) if name != "class_embed"]
+    options = dict(_shape_options(config), precision=precision)
+    return torch.ops.biflow.pack_block(weights, tokens=config.tokens, channels=config.channels, **options)
+
+
+def block_weights(
+    state_dict: dict[str, Tensor],
+    config: BlockConfig,
+    precision: str,
+    packed: Tensor | None,
+    plain: dict[str, Tensor] | None,
+) -> BlockWeights:
+    """`BlockWeights` of a state_dict that has been checked, and of what was made of it."""
+    class_embed = state_dict["class_embed"].detach().clone() if config.num_classes else None
+    class_mean = None if class_embed is None else class_embed.mean(0)
+    kind, bound = config.clip or ("none", 0.0)
+    affine_options = dict(
+        layout=config.layout, scale=config.scale, clip=kind, clip_value=bound, clip_on=config.clip_on, flip=config.flip
+    )
+    shape_options = dict(_shape_options(config), precision=precision)
+    return BlockWeights(packed, class_embed, class_mean, config, precision, shape_options, affine_options, plain)
+
+
 def pack_block(state_dict: dict[str, Tensor], config: BlockConfig, precision: str = "fp32") -> BlockWeights:
     """A copy of a block's weights in the layout that `decode_block` and `block_params` read (csrc/block.h).
 
-    state_dict: fp32 tensors on the CPU, exactly the names and shapes of `block_shapes(config)`.
+    state_dict: fp32 tensors on one device, exactly the names and shapes of `block_shapes(config)`. On a GPU
+    `block_params` reads these tensors themselves, and copies only where bf16 rounds.
     precision: "fp32", or "bf16": the layers' weights are rounded to bf16, and what they multiply will be; proj_in,
     proj_out, norms, biases, embeddings and all sums stay fp32.
     Raises ValueError for missing or unexpected names, wrong shapes, another precision or device, TypeError for other
@@ -165,21 +207,17 @@ def pack_block(state_dict: dict[str, Tensor], config: BlockConfig, precision: st
     for name, shape in shapes.items():
         check_float32(f"pack_block: {name}", state_dict[name])
         check_shape(f"pack_block: {name}", state_dict[name], shape)
+        check_beside(f"pack_block: {name}", state_dict[name], state_dict["proj_in.bias"].device, "proj_in.bias")
     with torch.no_grad():
-        weights = [state_dict[name].detach().contiguous() for name in shapes if name != "class_embed"]
-        shape_options = dict(_shape_options(config), precision=precision)
-        packed = torch.ops.biflow.pack_block(weights, tokens=config.tokens, channels=config.channels, **shape_options)
-        class_embed = state_dict["class_embed"].detach().clone() if config.num_classes else None
-        class_mean = None if class_embed is None else class_embed.mean(0)
-    kind, bound = config.clip or ("none", 0.0)
-    affine_options = dict(
-        layout=config.layout, scale=config.scale, clip=kind, clip_value=bound, clip_on=config.clip_on, flip=config.flip
-    )
-    return BlockWeights(packed, class_embed, class_mean, config, precision, shape_options, affine_options)
+        on_gpu = state_dict["proj_in.bias"].is_cuda
+        plain = plain_weights(state_dict, config, precision) if on_gpu else None
+        return block_weights(state_dict, config, precision, packed_weights(state_dict, config, precision), plain)
 
 
-def has_fast_bf16() -> bool:
-    """Whether products in bf16 are several times faster than in fp32 here: on a CPU, with AMX."""
+def has_fast_bf16(device: torch.device | None = None) -> bool:
+    """Whether products in bf16 are several times faster than in fp32: on a CPU (None) with AMX, on a GPU."""
+    if device is not None and device.type == "cuda":
+        return True
     return torch.ops.biflow.cpu_isa() == "amx"
 
 
@@ -190,6 +228,7 @@ def check_block_call(name, x, weights, config, y, context, null_context, guidanc
     if weights.config is not config and weights.config != config:
         raise ValueError(f"config: expected the one the weights were packed for, {weights.config}, got {config}")
     check_float32(name, x)
+    check_beside(name, x, weights.device, "weights")
     check_shape(name, x, ("B", config.tokens, config.channels))
     batch = x.shape[0]
     if y is not None:
@@ -200,16 +239,18 @@ def check_block_call(name, x, weights, config, y, context, null_context, guidanc
                 f"y: expected an int64 Tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}"
             )
         check_shape("y", y, (batch,))
-        check_device("y", y)
+        check_beside("y", y, x.device, name)
     check_number("guidance", guidance, minimum=0)
     check_choice("guide", guide, _GUIDES)
     check_flag("anneal", anneal)
     check_number("attn_temp", attn_temp, above=0)
     if context is not None:
         check_float32("context", context)
+        check_beside("context", context, x.device, name)
         check_shape("context", context, (batch, "S", config.width))
     if null_context is not None:
         check_float32("null_context", null_context)
+        check_beside("null_context", null_context, x.device, name)
         if context is None:
             raise ValueError("null_context: expected None without context, got a Tensor")
         length = context.shape[1]
@@ -266,6 +307,24 @@ def _condition(weights: BlockWeights, batch: int, y: Tensor | None, context: Ten
     return added, prefix
 
 
+def call_options(weights: BlockWeights, given: Condition) -> dict[str, object]:
+    """The keyword arguments of torch.ops.biflow.decode_block_."""
+    return dict(weights.shape_options, **weights.affine_options, **given.options)
+
+
+def gpu_plan(weights: BlockWeights, batch: int, given: Condition) -> tuple[list[int], int]:
+    """How a decode of `batch` samples is divided on the current GPU (csrc/decode_block.h), and its words of workspace.
+
+    The first number of the plan says whether it is one launch, and not one a phase.
+    """
+    names = ("width", "layers", "head_dim", "mlp_hidden", "start_token", "shift_only", "precision")
+    found = torch.ops.biflow.decode_block_buffers(
+        batch=batch, guided=given.passes == 2, prefix_tokens=given.prefix_tokens, tokens=weights.config.tokens,
+        channels=weights.config.channels, **{name: weights.shape_options[name] for name in names},
+    )  # fmt: skip
+    return found[:6], found[6]
+
+
 @takes_arrays
 def decode_block(
     z: Tensor,
@@ -285,8 +344,9 @@ def decode_block(
 
     For n = 0 .. T-1 in block order: x_n = z_n sigma(clip a_n) + clip b_n, where the raw a_n, b_n are the causal
     transformer's output from x_0 .. x_{n-1} (0 for n = 0 without a start token). The keys and values of earlier tokens
-    are kept, so a step costs one token. On the CPU, in the precision of the packed weights; z, x and all sums are fp32.
-    Each sample's result is bitwise the same in any batch and for any number of threads.
+    are kept, so a step costs one token. In the precision of the packed weights; z, x and all sums are fp32. On a CPU
+    each sample's result is bitwise the same in any batch and for any number of threads; on a GPU it is the same in
+    every run, but the order of attention's sums follows the size of the batch.
 
     z: (B, T, D) float32. weights: from `pack_block`; config: the one they were packed for. y: (B,) int64, -1 (or
     y=None) is the mean over the classes; the range is the caller's to check. context: (B, S, C), already at the block's
@@ -309,7 +369,7 @@ def decode_block(
                 raise ValueError(f"out: expected z itself or no overlap with it, got one {distance} bytes from it")
     given = condition(weights, z.shape[0], y, context, null_context, guidance, guide, anneal, attn_temp)
     tensors = (z.contiguous(), weights.packed, *given.tensors)
-    options = dict(weights.shape_options, **weights.affine_options, **given.options)
+    options = call_options(weights, given)
     if out is None and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and any_requires_grad(*tensors))):
         return torch.ops.biflow.decode_block(*tensors, **options)
     # with nothing to record, the call that has no autograd formula: the formula's Python costs 25 us each time

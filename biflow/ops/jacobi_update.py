@@ -11,6 +11,7 @@ from biflow.ops._checks import (
     CLIP_ON,
     LAYOUTS,
     SCALES,
+    check_beside,
     check_buffer,
     check_choice,
     check_clip,
@@ -44,8 +45,8 @@ def jacobi_update_(
     of x_new or of G(x) is NaN or infinite, in that sample alone. A fixed point has both at 0, up to rounding.
 
     x, z: (B, T, D) float32 in data order. raw: (B, T, 2D), or (B, T, D) with shift_only (sigma = 1): row n belongs to
-    token n, as `block_params` writes it. moved: (2, B) float32. All contiguous, x and moved apart from
-    the others; allocates nothing.
+    token n, as `block_params` writes it. moved: (2, B) float32. All contiguous, on one device, x and moved apart from
+    the others; allocates nothing, and a CUDA graph may record it.
     layout, scale, clip, clip_on: as in `affine_decode`. flip: block order is reversed data order.
     Raises TypeError for wrong types and dtypes, ValueError for wrong shapes, windows, options and devices, RuntimeError
     for tensors that overlap and where a gradient is wanted.
@@ -63,6 +64,7 @@ def jacobi_update_(
         ("moved", moved, (2, batch)),
     ):
         check_buffer(name, tensor, shape)
+        check_beside(name, tensor, x.device, "x")
     check_window(start, stop, tokens)
     check_choice("layout", layout, LAYOUTS)
     check_choice("scale", scale, SCALES)

@@ -7,7 +7,7 @@ def attention(q, k, v, *, causal=False, scale=None, mask=None):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
     if causal:
-        allowed = allowed.tril()
+        allowed = allowed.tril(k.shape[-2] - q.shape[-2])
     if mask is not None:
         allowed = allowed & mask[:, None, None, :]
         k, v = (t.masked_fill(~mask[:, None, :, None], 0) for t in (k, v))

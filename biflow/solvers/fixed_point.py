@@ -47,21 +47,23 @@ def fixed_point(
     live = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
     passes = 0
     for start in range(0, block.tokens, window):
-        live, used = _solve_window(iterate, start, min(start + window, block.tokens), tol, live)
+        live, used, any_left = _solve_window(iterate, start, min(start + window, block.tokens), tol, live)
         passes += used
-        if not bool(live.any()):
+        if not any_left:
             break
-    return iterate.x, live, passes
+    return iterate.result(), live, passes
 
 
-def _solve_window(iterate: Iterate, start: int, stop: int, tol: float, live: Tensor) -> tuple[Tensor, int]:
-    """Samples (B,) of `live` that converged in this window, and the passes it took."""
+def _solve_window(iterate: Iterate, start: int, stop: int, tol: float, live: Tensor) -> tuple[Tensor, int, bool]:
+    """Samples (B,) of `live` that converged in this window, the passes it took, and whether there is such a sample.
+
+    The host waits for the device once in `look_every` passes.
+    """
     drafts = _draft_window(iterate, start, stop, live) if iterate.has_draft else 0
     cap, patience = min(stop - start + 1, MAX_PASSES), -(-PATIENCE // iterate.look_every)
     best: list[Tensor] = []  # smallest error so far (B,), at each look
-    passes = 0
-    converged = torch.zeros_like(live)
-    while passes < cap:
+    passes, waiting = 0, True
+    while passes < cap and waiting:
         for _ in range(min(iterate.look_every, cap - passes)):
             measured = iterate.update(start, stop)
             passes += 1
@@ -76,9 +78,8 @@ def _solve_window(iterate: Iterate, start: int, stop: int, tol: float, live: Ten
             projected = best[-1] * rate ** ((MAX_PASSES - passes) / (patience * iterate.look_every))
             # one that has converged may flicker around tol while it waits for the others: it is not given up
             live = live & ((best[-1] <= tol) | (projected <= tol))
-        if not bool((live & ~converged).any()):
-            break
-    return converged, drafts + passes
+        waiting, any_left = torch.stack([(live & ~converged).any(), converged.any()]).tolist()
+    return converged, drafts + passes, any_left
 
 
 def _draft_window(iterate: Iterate, start: int, stop: int, live: Tensor) -> int:
@@ -86,9 +87,11 @@ def _draft_window(iterate: Iterate, start: int, stop: int, live: Tensor) -> int:
     before = iterate.x.clone()
     most, passes, near = min(stop - start, MAX_DRAFTS), 0, False
     while passes < most and not near:
-        error = iterate.update(start, stop, draft=True).amax(0)
-        passes += 1
-        near = not bool((error[live] > TOL_FLOORS["bf16"]).any())
+        for _ in range(min(iterate.look_every, most - passes)):
+            measured = iterate.update(start, stop, draft=True)
+            passes += 1
+        error = measured.amax(0)
+        near = not bool((live & (error > TOL_FLOORS["bf16"])).any())
     lost = ~error.isfinite()  # by bf16 alone, perhaps
-    iterate.x[lost] = before[lost]
+    iterate.x.copy_(torch.where(lost[:, None, None], before, iterate.x))  # an index of them would have to be counted
     return passes

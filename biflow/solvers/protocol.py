@@ -83,6 +83,9 @@ class Iterate(Protocol):
         draft: in the lower precision; keys and values before start are then those of the last draft pass.
         """
 
+    def result(self) -> Tensor:
+        """x, the caller's own. The last call: buffers may then serve another iteration."""
+
 
 class InvertibleBlock(Protocol):
     """What the solvers need of a flow block; x and z (B,T,D) in data order."""

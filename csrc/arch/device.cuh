@@ -14,6 +14,7 @@
 // `BIFLOW_DYNAMIC_SHARED(bytes);` is the launch's dynamic shared memory: unsigned char*, 128-byte aligned.
 #define BIFLOW_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define BIFLOW_DEVICE __device__ __forceinline__
+#define BIFLOW_HOST_DEVICE __host__ __device__ __forceinline__
 
 namespace biflow::arch {
 
@@ -25,6 +26,14 @@ inline int multiprocessors() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
+}
+
+// Whether the current device takes cooperative launches.
+inline bool takes_cooperative_launches() {
+  int device = 0, takes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&takes, cudaDevAttrCooperativeLaunch, device);
+  return takes != 0;
 }
 
 // Bytes of shared memory that one block of the current device may ask for.
@@ -202,7 +211,15 @@ BIFLOW_DEVICE uint32_t fetch_add_relaxed(uint32_t* p, uint32_t v) {
   return old;
 }
 
-BIFLOW_DEVICE void spin() {}
+// In a loop that waits for other blocks; turn: of the loop. With BIFLOW_WATCHDOG (CMake) a kernel that waits for seconds
+// ends with an error instead of holding the GPU for ever.
+BIFLOW_DEVICE void spin(uint32_t turn = 0) {
+#ifdef BIFLOW_WATCHDOG
+  if (turn == 1u << 26) __trap();
+#else
+  (void)turn;
+#endif
+}
 
 // cooperative_groups' barrier over all blocks of a cooperative launch.
 BIFLOW_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }

@@ -13,6 +13,7 @@
       &name##_key, sizeof(name##_type), alignof(name##_type), #name, ::emulator::Location::here()))
 #define BIFLOW_DYNAMIC_SHARED(name) unsigned char* const name = ::emulator::dynamic_shared(::emulator::Location::here())
 #define BIFLOW_DEVICE inline
+#define BIFLOW_HOST_DEVICE inline
 
 namespace biflow::arch {
 
@@ -29,7 +30,9 @@ cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size
   return emulator::launch(kernel, grid, block, shared, true, arguments...);
 }
 
+inline cudaError_t taken(cudaError_t status) { return status; }
 inline int multiprocessors() { return emulator::kMultiprocessors; }
+inline bool takes_cooperative_launches() { return true; }
 inline size_t shared_memory_limit() { return emulator::kSharedLimit; }
 
 // --- tensor cores -----------------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ EMULATOR_UNCHECKED inline void store_relaxed(uint32_t* p, uint32_t v, EMULATOR_A
 inline void add_relaxed(uint32_t* p, uint32_t v, EMULATOR_AT) { atomicAdd(p, v, at); }
 inline uint32_t fetch_add_relaxed(uint32_t* p, uint32_t v, EMULATOR_AT) { return atomicAdd(p, v, at); }
 
-inline void spin(EMULATOR_AT) { emulator::spin(at); }
+inline void spin(uint32_t = 0, EMULATOR_AT) { emulator::spin(at); }
 inline void grid_sync(EMULATOR_AT) { emulator::grid_barrier(at); }
 
 // --- arithmetic -------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ BIFLOW_DEVICE void grid_barrier(GridBarrier* barrier, uint32_t number) {
   if (!kFlag || blockIdx.x == 0) {
     if (threadIdx.x < kShards) {
       const uint32_t members = (gridDim.x + kShards - 1 - threadIdx.x) / kShards;
-      while (behind(load_relaxed(&barrier->arrived[threadIdx.x * kLine]), number * members)) spin();
+      for (uint32_t turn = 0; behind(load_relaxed(&barrier->arrived[threadIdx.x * kLine]), number * members);)
+        spin(++turn);
       acquire_fence();
     }
     if (kFlag) {
@@ -40,7 +41,7 @@ BIFLOW_DEVICE void grid_barrier(GridBarrier* barrier, uint32_t number) {
       }
     }
   } else if (threadIdx.x == 0) {
-    while (behind(load_relaxed(barrier->released), number)) spin();
+    for (uint32_t turn = 0; behind(load_relaxed(barrier->released), number);) spin(++turn);
     acquire_fence();
   }
   __syncthreads();  // the block goes on when its watching threads have seen the others

@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "arch/arch.cuh"
+#include "cuda/access.cuh"
 #include "cuda/affine_math.cuh"
 #include "cuda/divide.cuh"
 
@@ -122,31 +123,6 @@ BIFLOW_DEVICE void narrow(const S (&from)[k], DType dtype, Word (&to)[n], int at
     else
       to[at + i] =
           dtype == DType::bf16 ? narrow_word<arch::bf16, Word>(from[i]) : narrow_word<arch::half, Word>(from[i]);
-  }
-}
-
-// A vector as one access, or as its elements where addresses are not aligned to it.
-template <bool kAligned, class T, int V>
-BIFLOW_DEVICE void load_vector(T (&to)[V], const T* from) {
-  if constexpr (kAligned) {
-    const auto v = arch::Vector<T, V>::load(from);
-#pragma unroll
-    for (int i = 0; i < V; ++i) to[i] = v.v[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) to[i] = arch::Vector<T, 1>::load(from + i).v[0];
-  }
-}
-template <bool kAligned, class T, int V>
-BIFLOW_DEVICE void store_vector(const T (&from)[V], T* to) {
-  if constexpr (kAligned) {
-    arch::Vector<T, V> v;
-#pragma unroll
-    for (int i = 0; i < V; ++i) v.v[i] = from[i];
-    v.store_global(to);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) arch::Vector<T, 1>{{from[i]}}.store(to + i);
   }
 }
 

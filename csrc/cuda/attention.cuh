@@ -274,7 +274,7 @@ class Queries {
   BIFLOW_DEVICE void attend_to(const Ring<T, d>& ring, int tile) {
     float s[kRowTiles][kCount / 8][4];
     multiply_keys(ring.keys(tile), s);
-    if (!ring.all_count(tile) || (p_.causal && (tile + 1) * kKeys - 1 > first_)) {
+    if (!ring.all_count(tile) || (p_.causal && (tile + 1) * kKeys - 1 > first_ + p_.Tk - p_.Tq)) {
       uint32_t bits[2];
       ring.counting(tile, bits);
       leave_out(tile * kKeys, bits, s);
@@ -320,7 +320,8 @@ class Queries {
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            if (!counts || (p_.causal && first_key + key > query(m, half))) s[m][n][2 * half + e] = -INFINITY;
+            if (!counts || (p_.causal && first_key + key > query(m, half) + p_.Tk - p_.Tq))
+              s[m][n][2 * half + e] = -INFINITY;
       }
   }
 
@@ -420,7 +421,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) attention_kernel(AttentionPara
   const int warp = __shfl_sync(0xffffffffu, (static_cast<int>(threadIdx.x) / 32 + head) % plan.warps, 0);
   // a block's query tiles, from the one that sees most keys down
   const int last = (p.Tq - 1) / rows - static_cast<int>(blockIdx.x % plan.blocks);
-  const auto key_tiles = [&](int queries) { return ((p.causal ? min(queries, p.Tk) : p.Tk) + kKeys - 1) / kKeys; };
+  const auto key_tiles = [&](int queries) {  // that the first `queries` see
+    return ((p.causal ? min(queries + p.Tk - p.Tq, p.Tk) : p.Tk) + kKeys - 1) / kKeys;
+  };
   const int tiles = key_tiles((last + 1) * rows);
 
   for (int tile = 0; tile < kAhead; ++tile) {

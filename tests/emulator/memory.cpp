@@ -21,7 +21,7 @@ namespace {
 struct Buffer {
   uintptr_t begin;
   size_t bytes;
-  bool initialised;
+  bool may_be_incomplete;  // there is nothing to write, or nobody asks
 };
 std::vector<Buffer> buffers;                 // as declared; they may overlap
 std::map<uintptr_t, uintptr_t> covered;      // begin to end, disjoint
@@ -109,10 +109,10 @@ void forget_memory() {
   buffers.clear();
 }
 
-void adopt(const void* p, size_t bytes, bool initialised) {
+void adopt(const void* p, size_t bytes, bool initialised, bool scratch) {
   if (bytes == 0) return;
   const uintptr_t begin = address_of(p);
-  buffers.push_back({begin, bytes, initialised});
+  buffers.push_back({begin, bytes, initialised || scratch});
   std::vector<std::pair<uintptr_t, uintptr_t>> gaps;
   for_each_gap(begin, begin + bytes, [&](uintptr_t a, uintptr_t b) { gaps.push_back({a, b}); });
   for (const auto& [a, b] : gaps) {
@@ -144,7 +144,7 @@ void wrote(const void* p, size_t bytes) {
 void check_written() {
   if (!kChecked) return;
   for (const Buffer& buffer : buffers) {
-    if (buffer.initialised) continue;
+    if (buffer.may_be_incomplete) continue;
     size_t missing = 0;
     uintptr_t first = 0;
     for (uintptr_t p = buffer.begin; p < buffer.begin + buffer.bytes; ++p) {

@@ -176,6 +176,27 @@ def test_other_keys_than_queries(backend, queries, keys):
             check(attend(backend, q, k, v, mask=m), reference.attention(q, k, v, mask=m), exact)
 
 
+# one query, a tile's edge between them, more queries than a block's, whole tiles of keys that the first do not see
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 200), (3, 66), (64, 80), (70, 135), (17, 144), (150, 290)])
+def test_causal_with_fewer_queries_than_keys(backend, queries, keys):
+    """Aligned at the end: query i sees the keys up to Tk - Tq + i."""
+    for d in (32, 64, 128):
+        q, k, v, mask = make((2, 3, queries, d), torch.bfloat16, keys)
+        mask[-1, : keys - queries + 1] = False  # no key for the first query
+        for m in (None, mask):
+            exact = reference.attention(q.double(), k.double(), v.double(), mask=m, causal=True)
+            same = reference.attention(q, k, v, mask=m, causal=True)
+            check(attend(backend, q, k, v, mask=m, causal=True), same, exact)
+
+
+@pytest.mark.parametrize("plan", [(1, 1, 10, 5), (1, 4, 3, 3), (2, 2, 1, 5), (2, 4, 2, 3)], ids=str)
+def test_fewer_queries_give_the_same_bits_by_every_plan(backend, plan):
+    q, k, v, mask = make((1, 2, 150, 64), torch.bfloat16, 290)
+    for m in (None, mask):
+        got = attend(backend, q, k, v, mask=m, causal=True, plan=plan)
+        assert torch.equal(got, attend(backend, q, k, v, mask=m, causal=True))
+
+
 def test_queries_without_keys_give_zero(backend):
     q, k, v, _ = make((3, 2, 70, 64), torch.bfloat16)
     mask = torch.ones(3, 70, dtype=torch.bool)

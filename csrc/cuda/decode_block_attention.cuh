@@ -1,0 +1,231 @@
+// The attention of one step: one query for each sequence and head over all tokens so far. An item is one split of the
+// tokens of a sequence and head; plan.warps warps share its tokens, plan.splits items those of a query.
+//
+// A key's channels lie side by side in memory; `lanes` neighbouring lanes take eight each, so that a warp reads 32 /
+// lanes keys at a time. The token of this step is not in the cache yet: the item whose split it ends normalises and
+// rotates its key, and appends it and its value.
+#pragma once
+
+#include "cuda/decode_block_state.cuh"
+
+namespace biflow::cuda {
+
+// Largest of what a block's items exchange, in floats: two turns of a warp's sums and weight.
+constexpr int kAttentionExchange = 2 * kDecodeWarps * (256 + 2);
+
+template <class Act>
+class StepAttention {
+ public:
+  BIFLOW_DEVICE StepAttention(const DecodeState& s, float* exchange) : s_(s), exchange_(exchange) {
+    while (8 * lanes_ < s.head_stride) lanes_ *= 2;
+    group_ = threadIdx.x % 32 / lanes_, channel_ = threadIdx.x % 32 % lanes_ * 8;
+    inside_ = channel_ < s.head_stride;
+  }
+
+  BIFLOW_DEVICE void run(int step, int layer) {
+    const int warps = s_.plan.warps, at_once = kDecodeWarps / warps, warp = threadIdx.x / 32;
+    const int64_t queries = static_cast<int64_t>(s_.rows) * s_.heads, items = queries * s_.plan.splits;
+    int turn = 0;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * at_once; first < items;
+         first += static_cast<int64_t>(gridDim.x) * at_once, turn ^= 1) {
+      const int64_t item = first + warp / warps;
+      float* const own = exchange_ + (turn * kDecodeWarps + warp) * (s_.head_stride + 2);
+      const bool valid = item < items;
+      const int64_t query = valid ? item % queries : 0;
+      const int split = static_cast<int>(valid ? item / queries : 0), row = static_cast<int>(query / s_.heads),
+                head = static_cast<int>(query % s_.heads);
+      if (valid) attend(step, layer, row, head, split, warp % warps);
+      if (warps > 1) {
+        if (valid && group_ == 0) put(own);
+        __syncthreads();  // the next write to this turn's places comes after the next turn's barrier
+        if (valid && warp % warps == 0 && group_ == 0) {
+          clear();
+          for (int w = 0; w < warps; ++w) take(own + w * (s_.head_stride + 2));
+        }
+      }
+      if (valid && warp % warps == 0 && group_ == 0 && inside_) store(row, head, split);
+    }
+  }
+
+ private:
+  using Eight = arch::Vector<Act, 8>;
+
+  BIFLOW_DEVICE void clear() {
+    top_ = -INFINITY, sum_ = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) o_[i] = 0;
+  }
+
+  // Sums over the tokens of this warp's share, the same in all groups of lanes at the end.
+  BIFLOW_DEVICE void attend(int step, int layer, int row, int head, int split, int member) {
+    const int splits = s_.plan.splits, warps = s_.plan.warps, tokens = step + 1, keys = 32 / lanes_;
+    const int share = (tokens + splits - 1) / splits, begin = split * share;
+    const int end = begin + share < tokens ? begin + share : tokens;
+    const bool unconditional = row >= s_.batch;
+    float q[8];
+    load_head(q, row, 0, head);
+    prepare(q, layer, s_.packed.layer.q_norm, step);
+    const float scale = 1.4426950408889634f /
+                        (sqrtf(static_cast<float>(s_.head_dim)) * (unconditional ? s_.condition.attn_temp : 1.0f));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] *= scale;
+    clear();
+
+    const int64_t half = static_cast<int64_t>(s_.prefix + s_.tokens) * s_.head_stride;
+    Act* const cached =
+        static_cast<Act*>(s_.cache) + ((static_cast<int64_t>(layer) * s_.rows + row) * s_.heads + head) * 2 * half;
+    const int cached_end = end < step ? end : step;
+#pragma unroll 2
+    for (int first = begin + member * keys; first < cached_end; first += warps * keys) {
+      const bool counts = inside_ && first + group_ < cached_end;
+      const int64_t at =
+          static_cast<int64_t>(counts ? first + group_ : begin) * s_.head_stride + (inside_ ? channel_ : 0);
+      float k[8], v[8];
+      load_cached(k, cached + at);
+      load_cached(v, cached + half + at);
+      weigh(q, k, v, counts, first + group_ < cached_end);
+    }
+    if (end == tokens && begin < tokens && member == 0) {  // this step's own token
+      float k[8], v[8];
+      load_head(k, row, 1, head);
+      prepare(k, layer, s_.packed.layer.k_norm, step);
+      load_head(v, row, 2, head);
+      Eight key, value;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        key.v[i] = arch::from_float<Act>(k[i]), value.v[i] = arch::from_float<Act>(v[i]);
+        k[i] = arch::to_float(key.v[i]), v[i] = arch::to_float(value.v[i]);
+      }
+      if (group_ == 0 && inside_) {
+        const int64_t at = static_cast<int64_t>(step) * s_.head_stride + channel_;
+        key.store(cached + at);
+        value.store(cached + half + at);
+      }
+      weigh(q, k, v, inside_ && group_ == 0, group_ == 0);
+    }
+    for (int lane = lanes_; lane < 32; lane *= 2) {
+      const float top = __shfl_xor_sync(0xffffffffu, top_, lane), sum = __shfl_xor_sync(0xffffffffu, sum_, lane);
+      float o[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) o[i] = __shfl_xor_sync(0xffffffffu, o_[i], lane);
+      join(top, sum, o);
+    }
+  }
+
+  // Eight channels of a head of this step's query (which = 0), key (1) or value (2); zeros past the head.
+  BIFLOW_DEVICE void load_head(float (&x)[8], int row, int which, int head) const {
+    const float* const from =
+        s_.qkv + static_cast<int64_t>(row) * s_.qkv_stride + which * s_.width + head * s_.head_dim + channel_;
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      float2 pair = {0, 0};
+      if (channel_ + i < s_.head_dim) pair = __ldcg(reinterpret_cast<const float2*>(from + i));
+      x[i] = pair.x, x[i + 1] = pair.y;
+    }
+  }
+
+  BIFLOW_DEVICE void load_cached(float (&x)[8], const Act* from) const {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(Act)) / 2; ++i) {
+      const uint4 word = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+      Act part[16 / sizeof(Act)];
+      memcpy(static_cast<void*>(part), &word, 16);
+#pragma unroll
+      for (int j = 0; j < static_cast<int>(16 / sizeof(Act)); ++j)
+        x[i * (16 / sizeof(Act)) + j] = arch::to_float(part[j]);
+    }
+  }
+
+  // Norm and rotation of a query or key.
+  BIFLOW_DEVICE void prepare(float (&x)[8], int layer, int64_t weight_at, int step) const {
+    if (s_.qk_norm) {
+      float squares = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += x[i] * x[i];
+      for (int lane = 1; lane < lanes_; lane *= 2) squares += __shfl_xor_sync(0xffffffffu, squares, lane);
+      const float factor = rsqrtf(squares / s_.head_dim + 1e-6f);
+      const float* const weight = layer_vector(s_, layer, weight_at) + channel_;
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (channel_ + i < s_.head_dim) x[i] *= factor * __ldg(weight + i);
+    }
+    if (s_.rope && !s_.in_prefix(step)) {
+      const int64_t at = static_cast<int64_t>(s_.data_index(s_.evaluated(step))) * (s_.head_dim / 2) + channel_ / 2;
+      const float *const cosine = s_.weights + s_.packed.rope_cos + at, *const sine =
+                                                                            s_.weights + s_.packed.rope_sin + at;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (channel_ + 2 * i < s_.head_dim) {
+          const float even = x[2 * i], odd = x[2 * i + 1], c = __ldg(cosine + i), s = __ldg(sine + i);
+          x[2 * i] = even * c - odd * s;
+          x[2 * i + 1] = even * s + odd * c;
+        }
+    }
+  }
+
+  // Takes in a key and value: `counts` of this lane's channels, `valid` of the token.
+  BIFLOW_DEVICE void weigh(const float (&q)[8], const float (&k)[8], const float (&v)[8], bool counts, bool valid) {
+    float logit = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) logit += q[i] * (counts ? k[i] : 0);
+    for (int lane = 1; lane < lanes_; lane *= 2) logit += __shfl_xor_sync(0xffffffffu, logit, lane);
+    if (!valid) return;
+    const float top = fmaxf(top_, logit), old = arch::exp2_fast(top_ - top), weight = arch::exp2_fast(logit - top);
+    top_ = top;
+    sum_ = sum_ * old + weight;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) o_[i] = o_[i] * old + weight * v[i];
+  }
+
+  BIFLOW_DEVICE void join(float other_top, float other_sum, const float (&other)[8]) {
+    const float top = fmaxf(top_, other_top), base = top == -INFINITY ? 0 : top;
+    const float mine = arch::exp2_fast(top_ - base), theirs = arch::exp2_fast(other_top - base);
+    top_ = top;
+    sum_ = sum_ * mine + other_sum * theirs;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) o_[i] = o_[i] * mine + other[i] * theirs;
+  }
+
+  BIFLOW_DEVICE void put(float* own) const {
+    if (inside_) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) own[channel_ + i] = o_[i];
+    }
+    if (channel_ == 0) own[s_.head_stride] = top_, own[s_.head_stride + 1] = sum_;
+  }
+  BIFLOW_DEVICE void take(const float* other) {
+    float o[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) o[i] = inside_ ? other[channel_ + i] : 0;
+    join(other[s_.head_stride], other[s_.head_stride + 1], o);
+  }
+
+  // The result of an item. A split without tokens has weight 0.
+  BIFLOW_DEVICE void store(int row, int head, int split) const {
+    const float factor = sum_ > 0 ? 1 / sum_ : sum_ == 0 ? 0 : sum_;  // NaN stays
+    const int64_t at = (static_cast<int64_t>(split) * s_.rows + row) * s_.x_stride + head * s_.head_dim + channel_;
+    const bool whole = s_.plan.splits == 1;
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      if (channel_ + i >= s_.head_dim) continue;
+      if (whole) {
+        arch::Vector<Act, 2> pair;
+        pair.v[0] = arch::from_float<Act>(o_[i] * factor), pair.v[1] = arch::from_float<Act>(o_[i + 1] * factor);
+        pair.store(static_cast<Act*>(s_.o) + at + i);
+      } else {
+        arch::Vector<float, 2>{{o_[i] * factor, o_[i + 1] * factor}}.store(s_.partial + at + i);
+      }
+    }
+    if (!whole && channel_ == 0)
+      s_.lse[(static_cast<int64_t>(split) * s_.rows + row) * s_.heads + head] =
+          sum_ == 0 ? -INFINITY : top_ + log2f(sum_);
+  }
+
+  const DecodeState& s_;
+  float* const exchange_;  // [2][kDecodeWarps][head_stride + 2]
+  int lanes_ = 1, group_ = 0, channel_ = 0;
+  bool inside_ = false;     // whether this lane has channels
+  float top_, sum_, o_[8];  // of the lane's group, of powers of 2
+};
+
+}  // namespace biflow::cuda

@@ -1,0 +1,250 @@
+"""decode_block's CUDA kernels against reference.decode_block in fp64 (DESIGN 8), and phase by phase against a twin."""
+
+import pytest
+import torch
+from blocks import BASE, CASES, bf16_arithmetic, error_and_allowed, make_case, random_weights, to
+
+from biflow import reference
+from biflow.ops.decode_block import BlockConfig, condition, pack_block
+
+from .decode_twin import Twin
+
+PRECISIONS = ("fp32", "bf16")
+# What takes the emulator seconds runs in one order of threads there.
+LONG = {"context_and_class_tokens", "tiles", "crew", "wide_head", "wide_panels", "tails"}
+# [persistent, row_tiles, blocks, splits, warps, norm_in_place]
+PLANS = {
+    "persistent": [1, 1, 3, 1, 8, 1],
+    "a launch a phase": [0, 1, 2, 1, 8, 1],
+    "norms of their own": [1, 1, 2, 1, 4, 0],
+    "two row tiles": [0, 2, 3, 1, 2, 0],
+    "four row tiles, a warp a head": [1, 4, 2, 1, 1, 0],
+    "two splits": [1, 1, 3, 2, 8, 1],
+    "more splits than tokens": [0, 1, 2, 5, 4, 0],
+}
+ONE = [0, 1, 1, 1, 8, 1]  # the least for the emulator to do
+
+
+def given_of(packed, z, options):
+    o = dict(y=None, context=None, null_context=None, guidance=0.0, guide="ab", anneal=True, attn_temp=1.0) | options
+    return condition(packed, z.shape[0], *o.values())
+
+
+class Call:
+    """One packed block on a backend."""
+
+    def __init__(self, backend, config, weights, precision, options):
+        self.backend, self.config, self.weights, self.precision = backend, config, weights, precision
+        self.options = {k: backend.to(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        with backend.public():
+            self.packed = pack_block({k: backend.to(v) for k, v in weights.items()}, config, precision)
+
+    def given(self, z):
+        return given_of(self.packed, z, self.options)
+
+    def buffers(self, z, plan):
+        """The plan as used, words of workspace, and where the buffers are."""
+        c, given = self.config, self.given(z)
+        names = ("tokens", "channels", "width", "layers", "head_dim", "mlp_hidden", "start_token", "shift_only")
+        found = self.backend.ops.decode_block_buffers(
+            batch=z.shape[0], guided=given.passes == 2, prefix_tokens=given.prefix_tokens, precision=self.precision,
+            plan=plan, **{n: getattr(c, n) for n in names},
+        )  # fmt: skip
+        return found[:6], found[6], found[7:]
+
+    def __call__(self, z, plan=(), out=None, workspace=None, phases=-1):
+        z = self.backend.to(z)
+        out = torch.empty_like(z) if out is None else out
+        given = self.given(z)
+        options = dict(self.packed.shape_options, **self.packed.affine_options, **given.options)
+        self.backend.ops.decode_block_(
+            z, self.packed.packed, *given.tensors, out, plan=list(plan), workspace=workspace, phases=phases, **options
+        )
+        return out
+
+
+def make_call(backend, name, precision, batch=3):
+    config, weights, z, options = make_case(name, batch=batch)
+    return Call(backend, config, weights, precision, options), z
+
+
+def references(config, weights, z, options, precision):
+    """In fp64, and in the arithmetic of the precision."""
+    exact = reference.decode_block(z.double(), to(torch.float64, weights), config, **to(torch.float64, options))
+    if precision == "fp32":
+        return exact, reference.decode_block(z, weights, config, **options)
+    with bf16_arithmetic():
+        return exact, reference.decode_block(z, weights, config, **options)
+
+
+def check(call, z, plan=(), weights=None):
+    exact, plain = references(call.config, call.weights, z, cpu(call.options), call.precision)
+    error, allowed = error_and_allowed(call(z, plan).cpu(), plain, exact)
+    assert error <= allowed, f"error {error:.2e} of decode_block, {allowed:.2e} allowed"
+
+
+def cpu(options):
+    return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_parity(backend, name, precision):
+    if name in LONG and backend.name in ("reverse", "random"):
+        pytest.skip("seconds in the emulator: in one order, and with the race checker")
+    call, z = make_call(backend, name, precision)
+    check(call, z)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans(backend, plan, precision):
+    call, z = make_call(backend, "modern", precision, batch=5)
+    check(call, z, PLANS[plan])
+    call, z = make_call(backend, "class_tokens", precision, batch=19)  # guided: 38 sequences, three row tiles
+    plan = list(PLANS[plan])
+    plan[2] = max(plan[2], -(-38 // (16 * plan[1])))
+    check(call, z, plan)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("tokens", [1, 2, 17, 49])
+def test_ragged_shapes(backend, tokens, precision):
+    config = BlockConfig(**{**BASE, "tokens": tokens, "width": 24, "head_dim": 12, "mlp_hidden": 40, "layers": 1,
+                            "channels": 5, "num_classes": 2, "flip": tokens % 2 == 0})  # fmt: skip
+    for batch in (1, 16):
+        g = torch.Generator().manual_seed(batch)
+        z = torch.randn(batch, tokens, 5, generator=g)
+        options = dict(y=torch.arange(batch) % 2, guidance=1.0 if batch == 1 else 0.0)
+        call = Call(backend, config, random_weights(config), precision, options)
+        check(call, z, [batch == 1, 1, 1, 1, 8, 1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_many_tokens(backend, precision):
+    if backend.name in ("reverse", "random"):
+        pytest.skip("seconds in the emulator: in one order, and with the race checker")
+    config = BlockConfig(**{**BASE, "tokens": 256, "width": 16, "head_dim": 16, "mlp_hidden": 16, "layers": 1})
+    z = torch.randn(1, 256, 4, generator=torch.Generator().manual_seed(0))
+    check(Call(backend, config, random_weights(config), precision, {}), z, ONE)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bits_do_not_depend_on_rows_and_blocks(backend, precision):
+    """Nor on how it is launched, nor on the samples beside one, nor on the run."""
+    call, z = make_call(backend, "guided_annealed", precision, batch=20)  # 40 sequences
+    want = call(z, [0, 1, 3, 1, 8, 0])
+    for plan in ([0, 1, 3, 1, 8, 0], [1, 1, 4, 1, 8, 0], [1, 2, 3, 1, 8, 0], [0, 4, 2, 1, 8, 0], [0, 4, 1, 1, 8, 0]):
+        assert torch.equal(call(z, plan), want), plan
+    part = Call(backend, call.config, call.weights, precision, {**call.options, "y": call.options["y"][4:7]})
+    assert torch.equal(part(z[4:7], [0, 1, 2, 1, 8, 0]), want[4:7])
+
+
+def test_in_place_and_with_a_workspace(backend):
+    call, z = make_call(backend, "start_token_flip", "bf16")
+    want = call(z)
+    own = backend.to(z.clone())
+    assert torch.equal(call(own, out=own), want)
+    plan, words, _ = call.buffers(z, [])
+    memory = torch.full((words + 7,), float("nan"), device=backend.device)
+    assert torch.equal(call(z, plan, workspace=memory), want)
+    assert memory[words:].isnan().all()
+
+
+def test_not_a_number_stays_in_its_sample(backend):
+    for precision in PRECISIONS:
+        call, z = make_call(backend, "tarflow", precision, batch=5)
+        want = call(z)
+        z = z.clone()
+        z[2, 4, 1] = float("nan")
+        got = call(z)
+        assert got[2].isnan().any()
+        got[2] = want[2]
+        assert torch.equal(got, want)
+
+
+def test_empty(backend):
+    call, z = make_call(backend, "tarflow", "fp32")
+    assert call(z[:0]).shape == (0, *z.shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("plan", "error"),
+    [
+        ([0, 3, 2, 1, 8, 0], "CUDA error 1: "),  # row tiles that there are no kernels for
+        ([0, 1, 2, 1, 3, 0], "CUDA error 1: "),
+        ([0, 2, 2, 1, 8, 1], "CUDA error 1: "),  # norm in place of more rows than it takes
+        ([0, 1, 1, 1, 8, 0], "CUDA error 1: "),  # fewer blocks than row groups
+        ([0, 1, 2, 0, 8, 0], "CUDA error 1: "),
+        ([1, 1, 2000, 1, 8, 0], "CUDA error 720: "),  # more blocks than are resident at once
+        ([1, 1, 2], "plan must be .* got 3 numbers"),
+    ],
+)
+def test_plans_that_do_not_suit(backend, plan, error):
+    call, z = make_call(backend, "tarflow", "fp32", batch=20)
+    with pytest.raises(RuntimeError, match=error):
+        call(z, plan)
+    assert call(z).isfinite().all()  # the next launch does not report the error again
+
+
+def test_a_workspace_that_is_too_small(backend):
+    call, z = make_call(backend, "tarflow", "fp32")
+    _, words, _ = call.buffers(z, [])
+    with pytest.raises(RuntimeError, match=f"workspace must have {words} elements, got {words - 1}"):
+        call(z, workspace=torch.empty(words - 1, device=backend.device))
+
+
+# --- phase by phase ---------------------------------------------------------------------------------------------------
+
+TWINS = {
+    "guided_annealed": dict(flip=True, tokens=3),
+    "context": dict(tokens=3),  # a prefix, RoPE, QK-norm, attention temperature
+    "modern": dict(tokens=4, start_token=True, layout="interleaved"),
+    "shift_only": dict(tokens=3, width=30, head_dim=6, mlp_hidden=37),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("name", TWINS)
+def test_every_phase_against_the_twin(backend, name, splits, precision):
+    """Stopped after each phase: what it wrote is what the twin makes of the buffers before, the rest is as it was."""
+    if backend.name in ("reverse", "random"):
+        pytest.skip("the same phases as in test_parity, which runs in every order")
+    fields, options, context = CASES[name]
+    config = BlockConfig(**{**BASE, **fields, **TWINS[name]})
+    if splits > 1 and config.head_dim % 8:
+        pytest.skip("splits need a head_dim of whole 16 bytes")
+    g = torch.Generator().manual_seed(3)
+    z = torch.randn(2, config.tokens, config.channels, generator=g)
+    options = dict(options)
+    if options.get("y"):
+        options["y"] = torch.tensor([1, -1])
+    if context:
+        options["context"] = torch.randn(2, 3, config.width, generator=g)
+        options["null_context"] = torch.randn(3, config.width, generator=g)
+    call = Call(backend, config, random_weights(config), precision, options)
+    plan, words, offsets = call.buffers(z, [0, 1, 2, splits, 4, splits == 1])
+    twin = Twin(config, call.weights, precision, z, given_of(call.packed, z, cpu(options)), plan, words, offsets)
+    unwritten = torch.full((words,), -1, dtype=torch.int32).view(torch.float32)  # NaN, in bf16 too
+    out = torch.full_like(z, float("nan")).double()
+    before = {k: v.zero_() if k in ("x", "y", "o", "h", "partial") else v for k, v in twin.buffers(unwritten).items()}
+    for count, at in enumerate(twin.places()):
+        memory = backend.to(unwritten.clone())
+        result = call(z, plan, backend.to(out.float()).fill_(float("nan")), memory, count + 1).cpu().double()
+        after = twin.buffers(memory.cpu())
+        expected = twin.expected(at, before, out)
+        for buffer, value in {**after, "out": result}.items():
+            if buffer not in expected:
+                same = out if buffer == "out" else before[buffer]
+                assert torch.equal(value.nan_to_num(7.0), same.nan_to_num(7.0)), (at, buffer, "changed")
+                continue
+            want = expected[buffer]
+            act = precision == "bf16" and buffer in ("y", "o", "h", "cache")
+            bound = 2**-7 if act else 2e-5  # one spacing of bf16; sums of fp32
+            finite = want.isfinite() & value.isfinite()
+            assert torch.equal(want.isfinite(), finite), (at, buffer)
+            error = (value - want)[finite].abs() / want[finite].abs().clamp(min=1)
+            assert error.max() <= bound, (at, buffer, error.max())
+        before, out = after, result
+    assert count + 1 == len(list(twin.places()))
