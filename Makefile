@@ -55,7 +55,7 @@ emulator-test: emulator
 mutants: emulator
 	$(BIN)/python -m tests.emulator.mutants $(if $(MUTANTS),--count $(MUTANTS)) $(if $(SURVIVORS),--survivors $(SURVIVORS))
 
-# Registers, shared memory and instructions of every CUDA kernel.
+# Registers, shared memory and instructions of every CUDA kernel, Triton's too.
 cuda-table: $(BUILT)
 	$(BIN)/python -m tests.cuda_binary
 
