@@ -32,8 +32,10 @@ format: $(INSTALLED)
 	$(BIN)/python -m ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# Whole decodes, minutes to an hour: rows, plot and table in build/. `biflow bench` times every op as well.
 bench: $(BUILT)
-	$(BIN)/biflow bench
+	mkdir -p build
+	$(BIN)/biflow bench --op decode --json build/decode.json --plot build/decode.png --markdown build/decode.md
 
 # A CUDA compiler into .venv, where the machine has none. The packages put libraries where nvcc does not look.
 nvcc: $(INSTALLED)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+OVERFLOWS, VANISHES = 2.0**128 - 2.0**103, 2.0**-150  # as fp32: infinite from the one on, 0 up to the other
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -59,8 +60,12 @@ def check_fields(config: Any) -> None:
         object.__setattr__(config, field.name, value)  # the dataclass may be frozen
 
 
-def check_number(name: str, value: Any, *, minimum: float = -math.inf, above: float = -math.inf) -> float:
+def check_number(
+    name: str, value: Any, *, minimum: float = -math.inf, above: float = -math.inf, single: bool = False
+) -> float:
     """`value` as a float: a finite real number (no bool), at least `minimum`, more than `above`.
+
+    single: it will be used as fp32, and must be finite there and, where it has to be above 0, not 0.
 
     Raises:
         TypeError: not a number. ValueError: NaN, infinite or out of range.
@@ -71,9 +76,10 @@ def check_number(name: str, value: Any, *, minimum: float = -math.inf, above: fl
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not (math.isfinite(number) and number >= minimum and number > above):
+    good = math.isfinite(number) and number >= minimum and number > above
+    if not good or (single and (abs(number) >= OVERFLOWS or (above == 0 and number <= VANISHES))):
         bound = f" >= {minimum:g}" if minimum > -math.inf else f" > {above:g}" if above > -math.inf else ""
-        raise ValueError(f"{name}: expected a finite number{bound}, got {number:g}")
+        raise ValueError(f"{name}: expected a finite number{bound}{' as float32' if good else ''}, got {number:g}")
     return number
 
 

@@ -23,17 +23,32 @@ namespace biflow {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// like: the tensor whose device it must be on; null: the CPU.
+// "(2, 3)" of what `at` gives for each of n dimensions.
+template <class At>
+std::string dimensions(int64_t n, At&& at) {
+  std::string text = "(";
+  for (int64_t i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(at(i));
+  return text + (n == 1 ? ",)" : ")");
+}
+
+// float32, of this shape, contiguous, on the device of `like`, or on the CPU where that is null; op and what name the
+// argument in the error.
 inline void check_tensor(const char* op, const char* what, const Tensor& t, std::initializer_list<int64_t> shape,
                          const Tensor* like = nullptr) {
-  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", what, " must be float32");
-  STD_TORCH_CHECK(like ? t.device() == like->device() : t.device().is_cpu(), op, ": ", what, " must be on the ",
-                  like ? "device of z" : "CPU");
-  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", what, " must be contiguous");
-  bool same = t.dim() == static_cast<int64_t>(shape.size());
-  int64_t i = 0;
-  for (int64_t n : shape) same = same && t.size(i++) == n;
-  STD_TORCH_CHECK(same, op, ": ", what, " has the wrong shape");
+  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", what, ": expected float32, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(like != nullptr ? t.device() == like->device() : t.device().is_cpu(), op, ": ", what,
+                  ": expected a tensor on the ", like != nullptr ? "device of z" : "CPU", ", got one on ",
+                  t.device().is_cpu()    ? "the CPU"
+                  : t.device().is_cuda() ? "a GPU"
+                                         : "another device");
+  const int64_t n = shape.size();
+  bool same = t.dim() == n;
+  for (int64_t i = 0; same && i < n; ++i) same = t.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(same, op, ": ", what, ": expected shape ", dimensions(n, [&](int64_t i) { return shape.begin()[i]; }),
+                  ", got ", dimensions(t.dim(), [&](int64_t i) { return t.size(i); }));
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", what, ": expected a contiguous tensor, got strides ",
+                  dimensions(t.dim(), [&](int64_t i) { return t.stride(i); }));
 }
 
 inline const float* optional_input(const char* op, const char* what, const OptionalTensor& t,
@@ -75,23 +90,22 @@ inline BlockCondition make_condition(const char* op, const BlockShape& s, int64_
                                      const OptionalTensor& prefix, const OptionalTensor& null_added,
                                      const OptionalTensor& null_prefix, double guidance, const std::string& guide,
                                      bool anneal, double attn_temp, const Tensor* like = nullptr) {
-  STD_TORCH_CHECK(guidance >= 0 && attn_temp > 0, op, ": guidance must be >= 0 and attn_temp > 0");
   BlockCondition c;
   c.prefix_tokens = prefix && prefix->dim() == 3 ? static_cast<int>(prefix->size(1)) : 0;
   const int64_t S = c.prefix_tokens, width = s.width;
   c.added = optional_input(op, "added", added, {B, width}, like);
   c.prefix = optional_input(op, "prefix", prefix, {B, S, width}, like);
+  c.guidance = narrowed(op, "guidance", guidance, false);
   c.guided = guidance > 0;
   if (c.guided) {
     c.null_added = optional_input(op, "null_added", null_added, {B, width}, like);
     c.null_prefix = optional_input(op, "null_prefix", null_prefix, {B, S, width}, like);
     STD_TORCH_CHECK(!c.prefix == !c.null_prefix, op, ": prefix and null_prefix go together");
   }
-  c.guidance = static_cast<float>(guidance);
   c.guide_a = guide.find('a') != std::string::npos;
   c.guide_b = guide.find('b') != std::string::npos;
   c.anneal = anneal;
-  c.attn_temp = static_cast<float>(attn_temp);
+  c.attn_temp = narrowed(op, "attn_temp", attn_temp, true);
   return c;
 }
 

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <string>
 
@@ -22,13 +23,21 @@ Enum parse(const char* op, const char* what, const std::string& name, std::initi
   return Enum{};
 }
 
+// A number that kernels of fp32 take: as fp32 it must be finite, at least 0, and above 0 if `positive`.
+inline float narrowed(const char* op, const char* what, double value, bool positive) {
+  const float narrow = static_cast<float>(value);
+  STD_TORCH_CHECK(std::isfinite(narrow) && (positive ? narrow > 0 : narrow >= 0), op, ": ", what,
+                  " must be finite and ", positive ? "> 0" : ">= 0", " as float32, got ", value);
+  return narrow;
+}
+
 inline AffineOptions parse_affine(const char* op, const std::string& layout, const std::string& scale,
                                   const std::string& clip, double clip_value, const std::string& clip_on, bool flip) {
   AffineOptions o;
   o.layout = parse<Layout>(op, "layout", layout, {"scale_shift", "shift_scale", "interleaved"});
   o.scale = parse<ScaleMap>(op, "scale", scale, {"exp", "softplus", "sigmoid"});
   o.clip = parse<Clip>(op, "clip", clip, {"none", "hard", "tanh"});
-  STD_TORCH_CHECK(o.clip == Clip::none || clip_value > 0, op, ": clip_value must be > 0, got ", clip_value);
+  if (o.clip != Clip::none) narrowed(op, "clip_value", clip_value, true);
   o.clip_value = clip_value;
   o.clip_on = parse<ClipOn>(op, "clip_on", clip_on, {"both", "scale"});
   o.flip = flip;

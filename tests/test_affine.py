@@ -306,6 +306,8 @@ BAD = {
     "clip bare": (ValueError, "clip: expected None.*got 3.0", (X, P), {"clip": 3.0}),
     "clip negative": (ValueError, "finite c > 0, got -1.0", (X, P), {"clip": ("hard", -1.0)}),
     "clip nan": (ValueError, "finite c > 0, got nan", (X, P), {"clip": ("hard", math.nan)}),
+    "clip infinite in fp32": (ValueError, "finite c > 0 as float32, got 1e.300", (X, P), {"clip": ("tanh", 1e300)}),
+    "clip 0 in fp32": (ValueError, "finite c > 0 as float32, got 1e-300", (X, P), {"clip": ("tanh", 1e-300)}),
     "clip bool": (ValueError, "finite c > 0, got True", (X, P), {"clip": ("hard", True)}),
     "causal": (TypeError, "causal: expected a bool, got str 'no'", (X, P), {"causal": "no"}),
     "flip": (TypeError, "flip: expected a bool, got int 1", (X, P), {"flip": 1}),

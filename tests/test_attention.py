@@ -344,6 +344,7 @@ BAD_QKV = {
     "rope dtypes": (TypeError, "sin: expected torch.float32 like cos", X, {"rope": (TABLE[0], TABLE[1].double())}),
     "odd d": (ValueError, "rope: expected an even d, got 1", X, {"heads": 16, "rope": TABLE}),
     "eps": (ValueError, "eps: expected a finite number > 0, got 0", X, {"eps": 0}),
+    "eps 0 in fp32": (ValueError, "eps: expected a finite number > 0 as float32, got 1e-300", X, {"eps": 1e-300}),
     "scale": (TypeError, "scale: expected a number, got str '1'", X, {"scale": "1"}),
 }
 

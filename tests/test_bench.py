@@ -3,10 +3,12 @@
 import importlib
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ml_tarflow_checkout import CHECKOUT
 from tiny import make_flow, noise
 from tiny_training import write_images
 
@@ -15,44 +17,8 @@ from biflow import cli, solvers
 from biflow.cli import tools
 from biflow.models.layers import patchify
 
-NAMES = ("bench_decode", "bench_decode_block", "calibrated", "flows", "limits", "timing", "peers.compiled",
-         "peers.ml_tarflow")  # fmt: skip
-
-# A checkout with ml-tarflow's interface and this repository's oracle behind it.
-CHECKOUT = '''
-import torch
-from oracle_tarflow import Oracle
-
-class Block:
-    def __init__(self, oracle, index):
-        self.oracle, self.index = oracle, index
-
-    def reverse(self, x, y=None):
-        """Writes into its argument, as it may."""
-        u = x.flip(1) if self.index % 2 else x
-        for t in range(1, u.shape[1]):
-            a, b = self.oracle._network(self.index, u, y, 1.0)
-            u[:, t] = u[:, t] * torch.exp(a[:, t - 1]) + b[:, t - 1]
-        return u.flip(1) if self.index % 2 else u
-
-class Model:
-    def __init__(self, in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, nvp, num_classes):
-        self.size, self.patch, self.count = img_size, patch_size, num_blocks
-
-    def eval(self):
-        return self
-
-    def load_state_dict(self, state):
-        oracle = Oracle(state, 64)
-        self.var, self.blocks = state["var"], [Block(oracle, i) for i in range(self.count)]
-
-    def reverse(self, x, y=None):
-        x = x * self.var.sqrt()
-        for block in reversed(self.blocks):
-            x = block.reverse(x, y)
-        size, patch = (self.size, self.size), self.patch
-        return torch.nn.functional.fold(x.mT, size, patch, stride=patch)
-'''
+NAMES = ("bench_decode", "bench_decode_block", "bench_encode", "calibrated", "flows", "limits", "timing",
+         "peers.compiled", "peers.ml_tarflow")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +85,8 @@ def test_command_writes_rows_limits_table_markdown_and_plot(model, checkout, tmp
         assert min(row["ms"], row["limit_us_step"], row["x_eager"], row["x_ml_tarflow"]) > 0
         assert row["x_eager"] == 1 or row["contestant"] != "eager"
         assert row["max_error"] >= row["rms_error"] >= 0
+        assert ("error_over_allowed" in row) == (row["precision"] == "fp32")
+        assert row["contestant"] != "eager" or 0 < row["error_over_allowed"] < 0.5
         assert ("residual" in row) == ("block_passes" in row) == (row["contestant"] == "biflow")
     text = files["md"].read_text()
     table = [line for line in text.splitlines() if line.startswith("| tiny ")]
@@ -127,6 +95,16 @@ def test_command_writes_rows_limits_table_markdown_and_plot(model, checkout, tmp
     assert found["machine"]["cpu"] in text
     assert sum("fp64" in line for line in printed.splitlines()) == len(rows)
     assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_make_bench_leaves_rows_plot_and_table_in_build(model, tmp_path, monkeypatch):
+    makefile = Path(__file__).parents[1].joinpath("Makefile").read_text()
+    (line,) = re.findall(r"^\t\$\(BIN\)/biflow (bench.*)$", makefile, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build").mkdir()
+    small = ["--quick", "--model", str(model), "--batches", "1", "--precisions", "fp32", "--solvers", "sequential"]
+    assert cli.main([*line.split(), *small]) == 0
+    assert sorted(p.name for p in (tmp_path / "build").iterdir()) == ["decode.json", "decode.md", "decode.png"]
 
 
 def test_configs_of_the_paper_have_the_limits_of_their_shapes(b):
@@ -232,7 +210,10 @@ def test_bounds_of_errors(b):
         with pytest.raises(b.bench_decode.WrongResult, match="not timed"):
             check(error, **options)
     check(3e-3, iterative=True)
-    check(0.5, precision="bf16")
+    assert "error_over_allowed" not in check(0.5, precision="bf16")
+    rounding, eps = b.bench_decode.Reference([x], "fp64", 1e-6), torch.finfo(torch.float32).eps
+    assert check(3e-6, rounding)["error_over_allowed"] == pytest.approx(3e-6 / (2e-6 + 4 * eps), rel=1e-6)
+    assert "error_over_allowed" not in check(3e-6, b.bench_decode.Reference([x], "eager"))
     check(5e-5, b.bench_decode.Reference([x], "fp64", 1e-5))  # a flow that amplifies eager's rounding, too
 
 
@@ -250,6 +231,40 @@ def test_compiled_peer_equals_decode(b, classes):
         got = peer.decode(flow, z, 3)
         torch.testing.assert_close(got, patchify(want, 2), rtol=1e-5, atol=2e-5)
     assert "eager" in peer.notes["compile"]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
+def test_static_peer_decodes_the_first_tokens_of_a_block(b, dtype, bound):
+    """In block order: of a flipped block the last ones. What an earlier call left in the caches is masked."""
+    flow = make_flow(width=32, head_dim=16, num_blocks=2, layers_per_block=2)
+    z = noise(flow)
+    peer = b.peers_compiled.static_cache(flow, None, len(z), backend=None, dtype=dtype)
+    assert peer.name == "static"
+    for i, block in enumerate(flow.blocks):
+        want = block.decode_sequential(z, solvers.Condition())
+        for part in (slice(None), slice(1, None) if i else slice(3)):
+            got = peer.decode_block(i, z[:, part].contiguous())
+            assert got.dtype == torch.float32
+            assert (got - want[:, part]).abs().max() <= bound
+    assert (want - z).abs().max() > 0.1
+
+
+def test_a_graph_needs_a_gpu(b):
+    with pytest.raises(ValueError, match="graph: expected a flow on a GPU, got one on cpu"):
+        b.peers_compiled.static_cache(make_flow(), None, 1, graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("graph", [False, True])
+def test_static_peer_on_a_gpu(b, graph):
+    flow = make_flow(width=32, head_dim=16, num_blocks=2, layers_per_block=2)
+    z = noise(flow)
+    want = [block.decode_sequential(z, solvers.Condition()) for block in flow.blocks]
+    peer = b.peers_compiled.static_cache(flow.cuda(), None, len(z), backend=None, graph=graph)
+    for _ in range(2):
+        for i, x in enumerate(want):
+            torch.testing.assert_close(peer.decode_block(i, z.cuda()).cpu(), x, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -327,6 +342,34 @@ def test_wrong_options_are_one_line(line, message, model, tmp_path, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_encode_against_torch(b, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(b.flows.CONFIGS, "S", b.flows.CONFIGS["S"] | {"num_blocks": 2, "layers_per_block": 1})
+    rows = b.bench_encode.run(quick=True, configs=["S"], batches=[2, 3])
+    assert [(r["batch"], r["by"], r["precision"]) for r in rows] == [
+        (n, *way) for n in (2, 3) for way in (("torch", "fp32"), ("packed", "fp32"), ("packed", "bf16"))
+    ]
+    for row in rows:
+        assert (row["op"], row["config"]) == ("encode", "S")
+        assert min(row["ms"], row["x_torch"], row["bits_per_dim_error"]) > 0
+        assert 0 < row["z_rms_error"] <= b.bench_encode.BOUNDS[row["precision"]]
+        assert row["x_torch"] == 1 or row["by"] == "packed"
+    with pytest.raises(ValueError, match="configs: expected some of S, M, L, B/2, got 'XL'"):
+        b.bench_encode.run(configs=["XL"])
+
+
+def test_a_wrong_encode_has_no_time(b, monkeypatch):
+    monkeypatch.setitem(b.flows.CONFIGS, "S", b.flows.CONFIGS["S"] | {"num_blocks": 2, "layers_per_block": 1})
+    encode = biflow.TarFlow.encode
+
+    def wrong(self, x, **options):
+        z, logdet = encode(self, x, **options)
+        return (z * 1.001 if options.get("precision") == "fp32" else z), logdet
+
+    monkeypatch.setattr(biflow.TarFlow, "encode", wrong)
+    with pytest.raises(RuntimeError, match=r"S, batch 2, fp32: encode is 0\.00\d+ from fp64"):
+        b.bench_encode.run(quick=True, configs=["S"], batches=[2])
 
 
 def test_decode_block_on_one_block(b, monkeypatch):

@@ -1,5 +1,7 @@
 """block_params and BlockWindows: one parallel pass over packed weights, against reference.block_params in fp64."""
 
+import re
+
 import pytest
 import torch
 from blocks import BASE, CASES, decoded_by, error_and_allowed, make_case, random_weights, to
@@ -300,9 +302,10 @@ def test_bad_windows(arguments, error, message):
 def test_the_torch_op_checks_again():
     args, kwargs = op_arguments("tarflow")
     op = torch.ops.biflow.block_params_
-    with pytest.raises(RuntimeError, match="packed has the wrong shape"):
+    size, cache = args[1].numel(), tuple(args[-1].shape)
+    with pytest.raises(RuntimeError, match=rf"packed: expected shape \({size},\), got \({size - 16},\)"):
         op(args[0], args[1][:-16], *args[2:], **kwargs)
-    with pytest.raises(RuntimeError, match="cache has the wrong shape"):
+    with pytest.raises(RuntimeError, match=re.escape(f"cache: expected shape {cache}, got (1, {cache[1]})")):
         op(*args[:-1], args[-1][:1], **kwargs)
     with pytest.raises(RuntimeError, match="cache must be 64-byte aligned"):
         op(*args[:-1], torch.empty(args[-1].numel() + 1)[1:].view_as(args[-1]), **kwargs)

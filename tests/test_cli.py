@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 import biflow
-from biflow import cli, evaluate, presets
+from biflow import cli, evaluate, presets, solvers
 from biflow.cli.common import data_config
 from biflow.train import trainer
 
@@ -88,19 +89,82 @@ def test_sample_options_reach_an_exact_flow(runs, tmp_path):
     np.testing.assert_allclose(draw("jacobi", "--solver", "jacobi"), plain, atol=1e-4)
 
 
+def test_sample_certifies_what_an_exact_flow_did(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.models, "BATCH", 3)
+
+    def draw(*options):
+        out = tmp_path / "s.npz"
+        assert cli.main(["sample", f"{runs}/flow", "--n", "7", *options, "--out", str(out)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == f"{out}: 7 images"
+        return np.load(out)["images"], lines[:-1]
+
+    plain, lines = draw()
+    assert lines == []
+    certified, lines = draw("--certify")
+    np.testing.assert_array_equal(certified, plain)
+    assert re.fullmatch(r"largest residual: [\d.]+e-\d+", lines[0])
+    assert lines[1:] == [f"block {i}: sequential, 15 passes, 0 fallbacks" for i in range(2)]
+    images, lines = draw("--solver", "windowed", "--window", "5", "--certify")
+    np.testing.assert_allclose(images, plain, atol=1e-4)
+    assert all(re.fullmatch(rf"block {i}: windowed 5, \d+ passes, 0 fallbacks", lines[1 + i]) for i in range(2))
+    given, original = [], biflow.TarFlow.sample
+    monkeypatch.setattr(biflow.TarFlow, "sample", lambda *a, **o: given.append(o) or original(*a, **o))
+    draw("--solver", "jacobi", "--tol", "1e-3")
+    assert {options["tol"] for options in given} == {1e-3}
+
+
+def test_the_certificate_of_several_batches():
+    def info(residual, names, windows, passes, fallbacks):
+        return solvers.DecodeInfo(torch.tensor(residual), names, windows, passes, fallbacks)
+
+    infos = [
+        info([1e-7, 2e-5], ("jacobi", "windowed"), (None, 8), (9, 30), ((), (0, 1))),
+        info([3e-6], ("jacobi", "sequential"), (None, None), (11, 15), ((0,), ())),
+    ]
+    assert cli.models._certificate(infos) == [
+        "largest residual: 2e-05",
+        "block 0: jacobi, 11 passes, 1 fallbacks",
+        "block 1: windowed 8 or sequential, 30 passes, 2 fallbacks",
+    ]
+    infos[0].residual[0] = torch.nan
+    assert cli.models._certificate(infos)[0] == "largest residual: nan"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_sample_on_a_gpu(runs, tmp_path, capsys):
-    """The noise of a seed is the same as on the CPU."""
-    images = []
+def test_sample_on_a_gpu(runs, tmp_path):
+    """The noise of a seed is the same as on the CPU; the flow decodes and denoises there."""
+    for model in ("inverse", "flow"):
+        images = []
+        for device in ("cpu", "cuda"):
+            out = tmp_path / f"{model}-{device}.npz"
+            assert cli.main(["sample", f"{runs}/{model}", "--n", "4", "--device", device, "--out", str(out)]) == 0
+            images.append(np.load(out)["images"])
+        np.testing.assert_allclose(*images, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_calibrate_and_evaluate_on_a_gpu(runs, tmp_path, capsys):
+    flow = tmp_path / "flow.safetensors"
+    flow.write_bytes((runs / "flow" / "model.safetensors").read_bytes())
+    small = ["--batches", "2", "--repetitions", "1", "--quiet"]
     for device in ("cpu", "cuda"):
-        out = tmp_path / f"{device}.npz"
-        assert cli.main(["sample", f"{runs}/inverse", "--n", "4", "--device", device, "--out", str(out)]) == 0
-        images.append(np.load(out)["images"])
-    np.testing.assert_allclose(*images, atol=1e-3)
-    capsys.readouterr()
-    assert cli.main(["sample", f"{runs}/flow", "--n", "4", "--device", "cuda", "--out", str(out)]) == 2
-    assert "decode with flow.cpu()" in capsys.readouterr().err
+        assert cli.main(["calibrate", str(flow), *small, "--device", device]) == 0
+    model = biflow.load(flow)
+    assert {e.device for e in model.policy.entries} == {"cpu", "cuda"}
+    assert model.policy.choose("cuda", "fp32", 2, 0.0).name == torch.cuda.get_device_name()
+    reports = []
+    for device in ("cpu", "cuda"):
+        capsys.readouterr()
+        words = ["--data", "digits", "--samples", "40", "--guidance", "0", "--device", device]
+        assert cli.main(["evaluate", str(flow), *words]) == 0
+        reports.append(json.loads(capsys.readouterr().out)["exact"])
+    here, there = reports
+    assert there["held_out_nats_per_dim"] == pytest.approx(here["held_out_nats_per_dim"], abs=1e-4)
+    assert there["round_trip_max_error"] < 1e-3
+    assert there["samples"][0]["pixel_std"] == pytest.approx(here["samples"][0]["pixel_std"], abs=1e-3)
 
 
 def test_sampling_moves_model_and_labels_but_not_the_noise(runs, tmp_path, monkeypatch):
@@ -174,6 +238,8 @@ def test_evaluate_flow_and_inverse(runs, tmp_path, capsys, monkeypatch):
     report = json.loads(capsys.readouterr().out)
     assert report["exact"]["round_trip_max_error"] < 1e-4
     assert report["data"]["classifier_held_out_accuracy"] > 0.9
+    assert cli.main(["evaluate", f"{runs}/flow", *small, "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
     out = tmp_path / "report.json"
     line = ["evaluate", f"{runs}/inverse", "--flow", f"{runs}/flow", "--data", "digits", *small, "--out", str(out)]
     assert cli.main(line) == 0
@@ -267,10 +333,19 @@ BAD = {
     "negative guidance": ("sample {runs}/flow --guidance=-1", "guidance: expected a finite number >= 0, got -1"),
     "guidance not trained": ("sample {runs}/inverse --guidance 9", "guidance: expected at most 2 (as trained), got 9"),
     "solver of an inverse": ("sample {runs}/inverse --solver jacobi", "--solver: expected with an exact flow"),
+    "window of an inverse": ("sample {runs}/inverse --window 4", "--window: expected with an exact flow"),
+    "tol of an inverse": ("sample {runs}/inverse --tol 1e-3", "--tol: expected with an exact flow"),
+    "certificate of an inverse": ("sample {runs}/inverse --certify", "--certify: expected with an exact flow"),
+    "window of another solver": (
+        "sample {runs}/flow --window 4", "window: expected None with solver='auto', which chooses the windows; got 4",
+    ),
+    "tol of nothing": ("sample {runs}/flow --tol 0", "tol: expected a finite number > 0, got 0"),
     "precision of an inverse": ("sample {runs}/inverse --precision fp16", "precision: expected one of fp32, bf16, got"),
     "no-denoise of an inverse": ("sample {runs}/inverse --no-denoise", "--no-denoise: expected with an exact flow"),
     "sample nowhere": ("sample {runs}/inverse --device cuda:99", "device: expected"),
     "sample on no device": ("sample {runs}/inverse --device abacus", "device: expected 'cpu'"),
+    "evaluate nowhere": ("evaluate {runs}/flow --device cuda:99", "device: expected"),
+    "evaluate on no device": ("evaluate {runs}/flow --device abacus", "device: expected 'cpu'"),
     "output of another kind": ("sample {runs}/flow --out s.gif", "expected a file ending in .png or .npz"),
     "output nowhere": ("sample {runs}/flow --out {new}/s.png", "--out: expected an existing folder"),
     "inverse alone": ("evaluate {runs}/inverse", "--flow: expected with a learned inverse"),

@@ -231,6 +231,20 @@ def test_check_number():
             check_number("n", bad, **bounds)
 
 
+def test_numbers_that_fp32_cannot_hold():
+    """What is used as fp32 must be finite there, and not 0 where it has to be positive; the last ones that are good."""
+    largest, smallest = float(np.finfo(np.float32).max), float(np.finfo(np.float32).smallest_subnormal)
+    over, under = largest + 2.0**103, smallest / 2  # halfway to the next one: rounded away
+    for good in (largest, np.nextafter(over, 0), -largest, smallest, np.nextafter(under, 1)):
+        assert 0 < abs(np.float32(good)) < np.inf
+        assert check_number("n", good, single=True) == good
+    for bad, bounds in ((over, {}), (-over, {}), (under, {"above": 0}), (1e-300, {"above": 0}), (1e300, {})):
+        assert check_number("n", bad, **bounds) == bad
+        with pytest.raises(ValueError, match=r"n: expected a finite number.* as float32, got "):
+            check_number("n", bad, single=True, **bounds)
+    assert check_number("n", 1e-300, minimum=0, single=True) == 1e-300
+
+
 def test_check_fields_reaches_nested_values():
     outer = Outer(1, betas=[1, 2])
     check_fields(outer)

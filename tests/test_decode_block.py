@@ -249,6 +249,10 @@ z0 = torch.zeros(2, 9, 4)
         (dict(guidance=None), TypeError, "guidance: expected a number, got NoneType None"),
         (dict(guidance="1"), TypeError, "guidance: expected a number, got str '1'"),
         (dict(attn_temp=0.0), ValueError, "attn_temp: expected a finite number > 0, got 0.0"),
+        (dict(guidance=1e300), ValueError, r"guidance: expected a finite number >= 0 as float32, got 1e\+300"),
+        (dict(guidance=3.4028236e38), ValueError, "guidance: expected a finite number >= 0 as float32, got 3.4"),
+        (dict(attn_temp=1e300), ValueError, r"attn_temp: expected a finite number > 0 as float32, got 1e\+300"),
+        (dict(attn_temp=1e-300), ValueError, "attn_temp: expected a finite number > 0 as float32, got 1e-300"),
         (dict(attn_temp="x"), TypeError, "attn_temp: expected a number, got str 'x'"),
         (dict(anneal="no"), TypeError, "anneal: expected a bool, got str 'no'"),
         (dict(context=[1]), TypeError, "context: expected a Tensor, got list"),
@@ -280,9 +284,19 @@ def test_bad_arguments(arguments, error, message):
 def test_the_torch_op_checks_again():
     args, kwargs = op_arguments("tarflow")
     op = torch.ops.biflow.decode_block
-    with pytest.raises(RuntimeError, match="packed has the wrong shape"):
+    size = args[1].numel()
+    with pytest.raises(RuntimeError, match=rf"packed: expected shape \({size},\), got \({size - 16},\)"):
         op(args[0], args[1][:-16], *args[2:], **kwargs)
-    with pytest.raises(RuntimeError, match="z must be float32"):
+    with pytest.raises(RuntimeError, match="z: expected float32, got Double"):
         op(args[0].double(), *args[1:], **kwargs)
+    for name, value, wanted in (
+        ("guidance", 1e300, "guidance must be finite and >= 0 as float32"),
+        ("guidance", -1.0, "guidance must be finite and >= 0 as float32, got -1"),
+        ("attn_temp", 1e-300, "attn_temp must be finite and > 0 as float32"),
+    ):
+        with pytest.raises(RuntimeError, match=wanted):
+            op(*args, **{**kwargs, name: value})
+    with pytest.raises(RuntimeError, match="clip_value must be finite and > 0 as float32"):
+        op(*args, **{**kwargs, "clip": "tanh", "clip_value": 1e300})
     with pytest.raises(RuntimeError, match="unknown norm"):
         op(*args, **{**kwargs, "norm": "none"})

@@ -1,6 +1,7 @@
 """Evaluation against closed forms, the eager baseline against the fused decode, and metrics that must move."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from tiny import BATCH, VARIANTS, make_condition, make_flow, make_reverse, noise
 
 from biflow import evaluate
 from biflow.data import DataConfig, load
-from biflow.evaluate import EvaluationConfig, RealData, plots
+from biflow.evaluate import EvaluationConfig, RealData, metrics, plots, timing
 from biflow.models.layers import patchify
 
 TINY = {"img_size": 8, "in_channels": 1, "patch_size": 2, "width": 16, "head_dim": 8, "num_blocks": 2}
@@ -106,6 +107,22 @@ def test_classifier_knows_held_out_digits_and_is_deterministic():
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_samples_go_to_the_model_and_come_back():
+    """Nothing is computed on "meta": what arrives there was moved."""
+    model, z, y = torch.nn.Linear(1, 1, device="meta"), torch.randn(5, 2), torch.arange(5)
+    seen = []
+
+    def decode(z, y):
+        seen.append((z.device.type, None if y is None else y.device.type, len(z)))
+        return torch.ones(len(z), 3)
+
+    for labels, kind in ((y, "meta"), (None, None)):
+        got = metrics._batched(decode, model, z, labels, 2)
+        assert (got.shape, got.device.type) == ((5, 3), "cpu")
+        assert seen == [("meta", kind, n) for n in (2, 2, 1)]
+        seen.clear()
+
+
 def test_real_images_pass_for_real_and_noise_does_not(real):
     truth = evaluate.describe_samples(real.val_x, real.val_y, real, 0.0)
     rubbish = evaluate.describe_samples(torch.randn_like(real.val_x), real.val_y, real, 0.0)
@@ -181,6 +198,21 @@ def test_timing_has_every_way_and_counts_the_score_step():
         assert row["learned"] > 0
         assert row["exact_op"] > row["exact_op_decode"] > 0
         assert row["exact_eager"] > row["exact_eager_decode"] > 0
+
+
+def test_timing_waits_for_the_device(monkeypatch):
+    """Whatever the device, each time is a difference of looks at its clock."""
+    given, ticks = [], itertools.count()
+
+    def clock(device):
+        given.append(device)
+        return lambda: float(next(ticks))
+
+    monkeypatch.setattr(timing, "device_clock", clock)
+    rev, flow = tiny_pair()
+    (row,) = evaluate.time_decoders(rev, flow, guidance=1.0, batches=(4,), repetitions=1)["batches"]
+    assert given == [torch.device("cpu")]
+    assert [row[k] for k in ("learned", "exact_op", "exact_op_decode")] == [500.0, 500.0, 250.0]
 
 
 def test_samples_that_overflowed_are_counted_not_hidden(real):

@@ -334,6 +334,26 @@ def test_those_that_never_agree_are_cut_off():
     assert converged == [False, True], "what the last pass found"
 
 
+@pytest.mark.parametrize("look_every", [1, 3])
+def test_what_a_fallback_costs_at_most(look_every):
+    """One that always seems to converge and never does: all drafts, all passes, then the sequential decode; no more."""
+
+    class Promising(Script):
+        has_draft = True
+
+        def update(self, start, stop, *, draft=False):
+            if draft:
+                return torch.full((2, len(self.errors)), 1.0)
+            return super().update(start, stop)
+
+    block = Promising([max(0.68**k, 1.01e-5) for k in range(100)])  # its rate says pass 31
+    block.look_every = look_every
+    block.decode_sequential = lambda z, condition: z
+    _, passes, fallbacks = solvers.solve(block, block.x, Condition(), Method("jacobi"), 1e-5)
+    assert fallbacks == (0,)
+    assert passes == MAX_DRAFTS + MAX_PASSES + block.sequential_passes
+
+
 def test_passes_are_capped():
     steep = [0.6**k for k in range(20)]  # then it stalls above the tolerance, near enough not to be given up
     condition, passes = Script([*steep, *[1.02e-5 * 0.9999**k for k in range(100)]]).run()

@@ -16,7 +16,7 @@ from benchmarks.gpu import __main__ as check  # noqa: E402
 from benchmarks.gpu import measure  # noqa: E402
 from benchmarks.gpu.limits import Case  # noqa: E402
 from benchmarks.gpu.timing import Call, Timer  # noqa: E402
-from benchmarks.gpu.tools import find, json_lines  # noqa: E402
+from benchmarks.gpu.tools import AGAIN, UNTIL, find, json_lines  # noqa: E402
 
 
 def run(*arguments):
@@ -30,15 +30,20 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text())
-    assert set(found["parts"]) == {"limits", "kernels", "models"}
+    assert set(found["parts"]) == {"limits", "decode", "models", "kernels"}
     assert {"device", "torch", "commit", "date", "packages"} <= set(found["machine"])
     items = {row["item"] for row in found["parts"]["models"]["rows"]}
-    assert {"one-pass reverse B/2", "density B/2", "density TARFlow-64", "eager step B/2"} <= items
+    assert {"one-pass reverse B/2", "density B/2", "density TARFlow-64"} <= items
+    decodes = found["parts"]["decode"]["rows"]
+    assert {row["decode"] for row in decodes if "decode" in row} == {"S", "B/2", "TARFlow-64", "AFHQ"}
+    assert {row["phases"] for row in decodes if "phases" in row} == {"B/2", "TARFlow-64"}
+    timed = [row for row in decodes if "us_step" in row]
+    assert len(timed) > 0.9 * len(decodes)  # all but what starts slowly, on a slow machine
     ops = {row["op"] for row in found["parts"]["kernels"]["rows"]}
     assert {"affine_encode", "affine_decode backward", "attention_qkv", "add_norm", "gate swiglu"} <= ops
     assert "attention_qkv forward + backward" in ops
     assert not any("failed" in row for part in found["parts"].values() for row in part["rows"])
-    for line in ("one-pass reverse B/2", "models       ok"):  # the table
+    for line in ("one-pass reverse B/2", "models       ok", "decode       ok"):  # the table
         assert line in done.stdout
 
 
@@ -46,7 +51,7 @@ def test_unknown_part():
     done = run("--only", "kernel")
     assert done.returncode == 2
     assert (
-        "expected some of build, conformance, limits, models, kernels, machine, tests, memcheck, racecheck"
+        "expected some of build, limits, machine, decode, models, kernels, conformance, tests, memcheck, racecheck"
         in done.stderr
     )
 
@@ -83,6 +88,136 @@ def test_what_a_part_that_hangs_started_ends_with_it():
         time.sleep(0.1)
     else:
         pytest.fail(f"process {found['output']} lives")
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_rates_of_an_earlier_run_serve_a_run_of_some_parts(tmp_path, monkeypatch, dry):
+    """limits are measured again, in the same run; the rates of machine.cu may be those that the file holds."""
+    rows, seen = [{"number": "weights read by all", "mb": 1.0, "gb_s": 2.0}], []
+    (tmp_path / "gpu.json").write_text(json.dumps({"parts": {"machine": {"rows": rows}, "limits": {"rows": [1]}}}))
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "facts", lambda *_: {"device": "gpu", "torch": "t", "commit": "c", "date": "now"})
+
+    def run_part(part, seconds):
+        work = tmp_path / "build" / "gpu-check"
+        seen.append((part.name, json_lines((work / "machine.jsonl").read_text()), [p.name for p in work.iterdir()]))
+        return {"status": "ok", "seconds": 1.0}
+
+    monkeypatch.setattr(check, "run_part", run_part)
+    monkeypatch.setattr(
+        sys, "argv", ["gpu", "--only", "decode", "--out", str(tmp_path), *(["--dry-run"] if dry else [])]
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check.main() == 0
+    assert seen == [("decode", rows, ["machine.jsonl"])]
+    kept = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert (set(kept), kept["machine"]["rows"]) == ({"machine", "limits", "decode"}, rows)
+
+
+def test_a_part_has_what_the_later_ones_leave():
+    one, two = part(seconds=100), part(seconds=150)
+    assert check.allowed(one, [two], 250) == 100
+    assert check.allowed(one, [two], 200) == 100
+    assert check.allowed(one, [two], 525) == 375
+    assert check.allowed(one, [], 525) == 525
+    assert check.allowed(one, [], 50) == 50
+
+
+def test_a_command_knows_when_it_must_have_ended():
+    code = "import sys, time; print(float(sys.argv[1]) - time.monotonic())"
+    wanted = check.Part("part", 20, ((sys.executable, "-c", code, UNTIL),))
+    left = float(check.run_part(wanted, 20)["output"])
+    assert 5 < left < 17.5  # some are left to end in
+
+
+def test_a_command_that_asks_for_it_is_run_again(tmp_path):
+    count = (
+        f"import pathlib, sys; p = pathlib.Path({str(tmp_path / 'n')!r}); n = len(p.read_text()) if p.exists() else 0"
+    )
+    code = f"{count}; p.write_text('x' * (n + 1)); print(n); sys.exit({AGAIN} if n < 2 else 0)"
+    found = check.run_part(part(code, "print('next')"), 60)
+    assert (found["status"], found["output"].split()) == ("ok", ["0", "1", "2", "next"])
+    forever = check.run_part(part(f"import sys, time; time.sleep(0.2); sys.exit({AGAIN})"), 2)
+    assert forever["status"] == "timed out"
+
+
+HANGS = """
+import sys, time, pathlib, json
+from benchmarks.gpu import measure
+from benchmarks.gpu.limits import Case
+
+def rows():
+    return [{"us": 1.0}, {"us": 2.0}]
+
+cases = [Case({"op": "a"}, rows), Case({"op": "b"}, lambda: time.sleep(60), limit=0.5), Case({"op": "c"}, rows)]
+found = measure.measure(cases, pathlib.Path(sys.argv[1]), time.monotonic() + float(sys.argv[2]))
+print(json.dumps({"found": found}))
+"""
+
+
+def test_a_row_that_hangs_costs_itself_only(tmp_path):
+    """The process ends, is started again, and goes on after it; rows before it are not measured twice."""
+    path = tmp_path / "rows.jsonl"
+    found = check.run_part(check.Part("part", 90, ((sys.executable, "-c", HANGS, str(path), "90"),)), 90)
+    assert found["status"] == "ok", found["output"]
+    a, b = [{"op": "a", "us": 1.0}, {"op": "a", "us": 2.0}], {"op": "b", "failed": "hung for 0.5 s"}
+    rows = [*a, b, {"op": "c", "us": 1.0}, {"op": "c", "us": 2.0}]
+    assert json_lines(path.read_text()) == rows
+    assert json_lines(found["output"])[-1] == {"found": rows}  # also what the first process measured
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_row_that_is_late_is_no_failure(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    code = HANGS.replace("limit=0.5", "limit=60")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), "1"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert json_lines(path.read_text())[-1] == {"op": "b", "left_out": "not through in the time left"}
+
+
+def test_rows_without_time_are_left_out_and_named(tmp_path):
+    def case(name, **options):
+        return Case({"op": name, "batch": 1}, lambda: {"us": 1.0}, **options)
+
+    until = time.monotonic() + 30
+    rows = measure.measure([case("a", needs=60.0), case("b"), case("c", needs=5.0)], tmp_path / "rows.jsonl", until)
+    assert rows[0] == {"op": "a", "batch": 1, "left_out": "no time left"}
+    assert [row["us"] for row in rows[1:]] == [1.0, 1.0]
+    late = measure.measure([case("d")], tmp_path / "late.jsonl", time.monotonic() - 1)
+    about = {"device": "d", "torch": "t", "commit": "c", "date": "now"}
+    lines = check.summary(about, {"p": {"status": "ok", "rows": rows + late}})
+    assert sum("no time left" in line for line in lines) == 2
+    assert "left out: a, 1: no time left" in lines
+    assert sum(line.split()[:1] in (["b"], ["c"]) for line in lines) == 2
+
+
+def test_barriers_are_printed_in_microseconds():
+    """Rows of machine.cu: what it prints a barrier takes, beside the rates of its other rows."""
+    source = (ROOT / "benchmarks" / "gpu" / "machine.cu").read_text()
+    assert r"{\"number\": \"grid barrier, %s\", \"blocks\": %d, \"us\": %.4f}" in source
+    assert r"{\"number\": \"weights read by all\", \"mb\": %.1f, \"blocks\": %d, \"gb_s\": %.0f}" in source
+    rows = [{"number": "grid barrier, release flag", "blocks": 132, "us": 0.9137}]
+    rows += [{"number": "weights read by all", "mb": 28.4, "blocks": 132, "gb_s": 5000}]
+    about = {"device": "d", "torch": "t", "commit": "c", "date": "now"}
+    head, barrier, _ = check.summary(about, {"machine": {"status": "ok", "rows": rows}})[2:5]
+    assert head.split() == ["number", "blocks", "us", "mb", "gb_s"]
+    assert barrier.split() == ["grid", "barrier,", "release", "flag", "132", "0.9137", "-", "-"]
+
+
+def test_long_calls_are_timed_as_often_as_fits(monkeypatch):
+    """Each from an idle device on."""
+    timer, taken, waits = Timer(torch.device("cpu")), iter([0.2, 9.0, 0.3, 0.1, 0.2, 0.3]), []
+    monkeypatch.setattr(timer, "_event", lambda call, cold: next(taken))
+    assert timer.few(print) == 0.2
+    timer.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    assert timer.few(print, seconds=2.0) == 9.0
+    assert len(waits) == 1
+    assert timer.few(print, seconds=2.0, most=3) == 0.2
+    assert timer.few(print, seconds=0.5) == 0.3
+    assert len(waits) == 1 + 3 + 1
 
 
 def test_failures_before_the_end_of_the_output_are_kept():
@@ -149,9 +284,11 @@ def test_every_part_fits():
     assert check.SECONDS < 535
     every = check.parts(ROOT, None, dry=False)
     assert [p.name for p in every] == [
-        "build", "conformance", "limits", "models", "kernels", "machine", "tests", "memcheck", "racecheck",
+        "build", "limits", "machine", "decode", "models", "kernels", "conformance", "tests", "memcheck", "racecheck",
     ]  # fmt: skip
-    assert sum(p.seconds for p in every[:5]) <= check.SECONDS  # models and kernels have theirs in any case
+    assert sum(p.seconds for p in every[:6]) <= check.SECONDS  # what is measured has its time in any case
+    for p in every:  # measuring parts end by themselves, with all rows in place
+        assert any("benchmarks.gpu.measure" in c for c in p.commands) == any(UNTIL in c for c in p.commands)
     assert all(p.commands and 0 < p.seconds < check.SECONDS / 2 for p in every)
 
 

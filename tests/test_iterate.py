@@ -33,7 +33,7 @@ def workspace(monkeypatch):
 
 
 def states(flow):
-    return [s for block in flow.blocks for s in block._iterates._states]
+    return [s for block in flow.blocks for s in block._iterates.states]
 
 
 def graphs(workspace):
@@ -130,7 +130,7 @@ def test_the_oldest_state_goes_first(monkeypatch, workspace):
     flow = small_flow()
     for n in (1, 2, 1, 3):  # 3 replaces 2, which was used longest ago
         flow.decode(noise(flow)[:n], Y[:n], solver="jacobi")
-    assert [s.z.shape[0] for s in flow.blocks[0]._iterates._states] == [1, 3]
+    assert [s.z.shape[0] for s in flow.blocks[0]._iterates.states] == [1, 3]
     count = len(graphs(workspace))
     flow.decode(noise(flow)[:1], Y[:1], solver="jacobi")
     assert len(graphs(workspace)) == count
@@ -188,6 +188,18 @@ def test_changed_weights_are_seen(change, where, precision, workspace):
     assert (recorded > 0) == again, "a graph reads the weights where they lie"
 
 
+def test_no_state_of_replaced_weights_stays():
+    """Nor what it holds of them."""
+    flow = small_flow()
+    for n in (1, 2, 3):
+        flow.decode(noise(flow)[:n], Y[:n], solver="jacobi")
+    weight = flow.blocks[0].layers[0].fc1.weight
+    weight.data = weight.data * 2
+    flow.decode(noise(flow)[:1], Y[:1], solver="jacobi")
+    assert [s.z.shape[0] for s in flow.blocks[0]._iterates.states] == [1]
+    assert [s.z.shape[0] for s in flow.blocks[1]._iterates.states] == [2, 3, 1]
+
+
 def test_frozen_looks_once(monkeypatch):
     flow = small_flow()
     looks = []
@@ -221,7 +233,7 @@ def test_moving_copying_and_pickling_a_block_forget():
     assert states(flow)
     assert states(copy.deepcopy(flow)) == []
     block = pickle.loads(pickle.dumps(flow.blocks[0]))
-    assert (block._iterates._states, block._iterates._weights) == ([], {})
+    assert (block._iterates.states, block._iterates._weights) == ([], {})
     flow.double()
     assert states(flow) == []
     assert all(b._iterates._weights == {} for b in flow.blocks)
@@ -298,7 +310,7 @@ def test_other_kinds_of_decode_make_room(monkeypatch, workspace):
     make, room = module._make_state, []
 
     def scarce(*args):
-        if sum(len(b._iterates._states) for b in flow.blocks) > 1:
+        if sum(len(b._iterates.states) for b in flow.blocks) > 1:
             raise torch.OutOfMemoryError
         room.append(1)
         return make(*args)
@@ -306,7 +318,7 @@ def test_other_kinds_of_decode_make_room(monkeypatch, workspace):
     monkeypatch.setattr(module, "_make_state", scarce)
     third = block.iterate(z, Condition(Y))
     assert room == [1]
-    assert [len(b._iterates._states) for b in flow.blocks] == [2, 0], "the one in use and the new one"
+    assert [len(b._iterates.states) for b in flow.blocks] == [2, 0], "the one in use and the new one"
     assert third.update(0, 25).isfinite().all()
     assert used.update(0, 25).isfinite().all()
     with pytest.raises(torch.OutOfMemoryError):
@@ -330,6 +342,19 @@ def test_inference_mode_and_back():
     second = flow.decode(z, Y, solver="jacobi")
     assert torch.equal(first, second)
     flow.encode(torch.zeros(2, 1, 10, 10), Y[:2])[0].sum().backward()  # training goes on
+
+
+def test_another_default_dtype_changes_nothing():
+    flow = small_flow(context_dim=5)
+    y, context = make_condition(flow, BATCH)
+    want = flow.decode(noise(flow), y, context, solver="jacobi", guidance=1.0)
+    z, other = noise(flow), copy.deepcopy(flow)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = other.decode(z, y, context, solver="jacobi", guidance=1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
 
 
 def test_threads():

@@ -84,12 +84,13 @@ def test_what_is_not_finite_outside_the_window_does_not_count(isa):
     assert moved.isfinite().all()
 
 
-def test_sigma_without_an_inverse_is_not_finite(isa):
-    """exp(-200) is 0 in fp32: x_new is finite, G(x) is not."""
+@pytest.mark.parametrize("a", [-200.0, 200.0])
+def test_sigma_without_an_inverse_is_not_finite(a, isa):
+    """exp(-200) is 0 in fp32: x_new is finite, G(x) is not; with 200 it is the other way round."""
     x, z, raw, moved = make((2, 3, 4))
-    raw[0, 1, 2] = -200
+    raw[0, 1, 2] = a
     ops.jacobi_update_(x, z, raw, moved, start=0, stop=3)
-    assert x.isfinite().all()
+    assert x.isfinite().all() == (a < 0)
     assert moved[:, 0].isnan().all()
     assert moved[:, 1].isfinite().all()
 
@@ -195,10 +196,17 @@ def test_bad_arguments(arguments, error, message):
 def test_the_torch_op_checks_again():
     (x, z, raw, moved), options = op_arguments()
     op = torch.ops.biflow.jacobi_update_
-    with pytest.raises(RuntimeError, match="raw has the wrong shape"):
+    with pytest.raises(RuntimeError, match=r"jacobi_update: raw: expected shape \(2, 6, 10\), got \(2, 6, 5\)"):
         op(x, z, raw[..., :5].contiguous(), moved, **options)
-    with pytest.raises(RuntimeError, match="z must be float32"):
+    with pytest.raises(RuntimeError, match=r"moved: expected shape \(2, 2\), got \(4,\)"):
+        op(x, z, raw, moved.flatten(), **options)
+    with pytest.raises(RuntimeError, match="jacobi_update: z: expected float32, got Double"):
         op(x, z.double(), raw, moved, **options)
+    with pytest.raises(RuntimeError, match=r"z: expected a contiguous tensor, got strides \(30, 1, 6\)"):
+        op(x, z.mT.contiguous().mT, raw, moved, **options)
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # such a call goes to the other device's kernel otherwise
+    with pytest.raises(RuntimeError, match=r"z: expected a CPU tensor, got one on another device \(type 14\)"):
+        op.default.redispatch(cpu, x, z.to("meta"), raw, moved, **options)
     with pytest.raises(RuntimeError, match="expected 0 <= start < stop <= 6, got 4 and 4"):
         op(x, z, raw, moved, **{**options, "start": 4})
     with pytest.raises(RuntimeError, match="unknown clip soft"):

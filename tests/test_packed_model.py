@@ -1,10 +1,14 @@
 """What the models do with packed weights: density in a precision, frozen weights, bf16 decodes."""
 
 import contextlib
+import copy
+import threading
 
 import pytest
 import torch
 from tiny import make_condition, make_flow
+
+from biflow.models import block as block_module
 
 VARIANTS = {
     "plain": {},
@@ -155,3 +159,113 @@ def test_another_default_dtype_changes_nothing(solver):
             assert flow.encode(x, precision="fp32")[0].dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+# --- several threads
+
+
+@pytest.fixture
+def paused(monkeypatch):
+    """Starts a decode in a thread that stops after it looked at the first block's weights, until `go` is set."""
+    reached, go = threading.Event(), threading.Event()
+    look, threads = block_module.weights_key, []
+
+    def stopping(weights):
+        key = look(weights)
+        if threading.current_thread() in threads and not reached.is_set():
+            reached.set()
+            assert go.wait(60)
+        return key
+
+    def start(flow, z):
+        threads.append(threading.Thread(target=flow.decode, args=(z,)))
+        threads[0].start()
+        assert reached.wait(60)
+        return threads[0]
+
+    monkeypatch.setattr(block_module, "weights_key", stopping)
+    yield start, go
+    go.set()
+    for thread in threads:
+        thread.join(60)
+
+
+def scale(flow, by):
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.mul_(by)
+
+
+def test_two_threads_that_see_new_weights_keep_no_old_ones(paused):
+    """One looked, and packs after another has looked and packed."""
+    start, go = paused
+    flow = make_flow(std=0.1)
+    z = torch.randn(2, flow.config.tokens, flow.config.channels)
+    flow.decode(z)
+    scale(flow, 1.1)
+    first = start(flow, z)
+    second = threading.Thread(target=flow.decode, args=(z,))
+    second.start()
+    second.join(0.3)  # it may have to wait for the first
+    go.set()
+    first.join(60)
+    second.join(60)
+    assert torch.equal(flow.decode(z), copy.deepcopy(flow).decode(z))
+
+
+def test_a_look_from_before_is_not_the_one_of_frozen_weights(paused):
+    start, go = paused
+    flow = make_flow(std=0.1)
+    z = torch.randn(2, flow.config.tokens, flow.config.channels)
+    flow.decode(z)
+    thread = start(flow, z)
+    scale(flow, 1.1)
+    threading.Timer(0.3, go.set).start()  # entering may have to wait for the thread
+    with flow.frozen():
+        thread.join(60)
+        assert torch.equal(flow.decode(z), copy.deepcopy(flow).decode(z))
+
+
+def test_threads_decode_and_encode_at_once():
+    """Each to the bits that it gets alone, also right after an update and with weights frozen by some."""
+    flow = make_flow(std=0.1, img_size=10, num_classes=3)
+    y, _ = make_condition(flow, 4)
+    z = torch.randn(4, flow.config.tokens, flow.config.channels, generator=torch.Generator().manual_seed(0))
+    x = images(flow, 4)
+    calls = [
+        lambda f, s=solver, p=precision: f.decode(z, y, solver=s, precision=p)
+        for solver in ("sequential", "jacobi") for precision in ("fp32", "bf16")
+    ]  # fmt: skip
+    calls += [lambda f, p=precision: f.encode(x, y, precision=p)[0] for precision in ("fp32", "bf16")]
+    for _ in range(3):
+        scale(flow, 1.05)
+        with torch.no_grad():
+            want, wrong = [call(copy.deepcopy(flow)) for call in calls], []
+        together = threading.Barrier(len(calls))
+
+        @torch.no_grad()
+        def run(i, want=want, wrong=wrong, together=together):
+            together.wait(60)
+            for n in range(5):
+                with flow.frozen() if i % 2 else contextlib.nullcontext():
+                    if not torch.equal(calls[i](flow), want[i]):
+                        wrong.append((i, n))
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert wrong == []
+
+
+def test_a_copy_has_its_own_lock_and_packs():
+    flow = make_flow(std=0.1)
+    z = torch.randn(2, flow.config.tokens, flow.config.channels)
+    with flow.frozen():
+        before = flow.decode(z)
+        other = copy.deepcopy(flow)
+        scale(other, 1.1)
+        assert torch.equal(flow.decode(z), before)
+        assert not torch.equal(other.decode(z), before), "not frozen"
+    assert other.blocks[0]._packing is not flow.blocks[0]._packing

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ import yaml
 from tiny import make_flow, make_reverse, noise
 
 import biflow
-from biflow import calibration, checkpoint, cli
+from biflow import calibration, checkpoint, cli, ops
+from biflow.models.layers import device_clock, device_name
 from biflow.solvers import Condition, Entry, Measurement, Method, Policy, methods
 
 
-def entry(batch=1, *, device="cpu", precision="fp32", guidance=0.0, window=None, blocks=2):
+def entry(batch=1, *, device="cpu", name="a machine", precision="fp32", guidance=0.0, window=None, blocks=2):
     """Told apart by `window` in the tests."""
     method = Measurement("sequential", None, 3, 1.5) if window is None else Measurement("windowed", window, 9, 0.5)
-    return Entry(device, "a machine", 2, precision, batch, guidance, (method,) * blocks)
+    return Entry(device, name, 2, precision, batch, guidance, (method,) * blocks)
 
 
 # --- lookup
@@ -53,11 +55,27 @@ def test_lookup(entries, asked, window):
 def test_methods_of_a_decode():
     policy = Policy((entry(16, window=2),))
     condition = Condition()
-    assert methods(Method("jacobi"), policy, 2, "cpu", 16, condition) == (Method("jacobi"),) * 2
-    assert [m.window for m in methods(None, policy, 2, "cpu", 16, condition)] == [2, 2]
+    assert methods(Method("jacobi"), policy, 2, "cpu", 16, condition, 1e-5) == (Method("jacobi"),) * 2
+    assert [m.window for m in methods(None, policy, 2, "cpu", 16, condition, 1e-5)] == [2, 2]
     for other in (None, Policy(())):
-        assert methods(None, other, 2, "cpu", 16, condition) == (Method("sequential"),) * 2
-    assert methods(None, policy, 2, "cuda", 16, condition) == (Method("sequential"),) * 2
+        assert methods(None, other, 2, "cpu", 16, condition, 1e-5) == (Method("sequential"),) * 2
+    assert methods(None, policy, 2, "cuda", 16, condition, 1e-5) == (Method("sequential"),) * 2
+
+
+def test_what_was_measured_for_a_looser_tolerance_is_not_followed():
+    """Sequential decoding meets any tolerance; how many passes an iteration needs for this one is not known."""
+    kept, lost = [2, 2], [None, None]
+    for measured, precision, asked in (
+        (1e-5, "fp32", {1e-3: kept, 1e-5: kept, 0.99e-5: lost, 1e-7: lost}),
+        (1e-7, "fp32", {1e-5: kept, 1e-7: kept, 1e-8: lost}),
+        (1e-5, "bf16", {1e-1: kept, 1e-7: kept}),  # both count as 1e-2
+        (1e-1, "bf16", {1e-1: kept, 1e-5: lost}),
+    ):
+        policy = Policy((replace(entry(16, precision=precision, window=2), tol=measured),))
+        for tol, windows in asked.items():
+            found = methods(None, policy, 2, "cpu", 16, Condition(precision=precision), tol)
+            assert [m.window for m in found] == windows, (measured, precision, tol)
+            assert {m.solver for m in found} == {"sequential" if windows == lost else "windowed"}
 
 
 def test_newer_entries_replace_those_of_the_same_situation():
@@ -66,6 +84,26 @@ def test_newer_entries_replace_those_of_the_same_situation():
     assert len(new.entries) == 4
     assert new.choose("cpu", "fp32", 16, 0.0).blocks[0].window == 4
     assert new.choose("cpu", "bf16", 1, 0.0) == entry(1, precision="bf16")
+
+
+@pytest.mark.parametrize("other", [{"name": "a server"}, {"threads": 64}])
+def test_entries_of_other_machines_and_threads_are_kept(other):
+    policy = Policy((entry(16, window=2),)).replacing((replace(entry(16, window=4), **other),))
+    assert sorted(e.blocks[0].window for e in policy.entries) == [2, 4]
+    here = {"name": "a machine", "threads": 2}
+    assert policy.choose("cpu", "fp32", 16, 0.0, **here).blocks[0].window == 2
+    assert policy.choose("cpu", "fp32", 16, 0.0, **{**here, **other}).blocks[0].window == 4
+    assert Policy.from_mapping(policy.to_mapping(), 2) == policy
+
+
+def test_devices_of_one_kind_keep_their_own_entries():
+    """What one GPU measured is not lost when the file is calibrated on another."""
+    first, second = (entry(16, device="cuda", name=name, window=w) for name, w in (("GPU A", 2), ("GPU B", 4)))
+    policy = Policy((first,)).replacing((second,))
+    for known in (first, second):
+        assert policy.choose("cuda", "fp32", 16, 0.0, name=known.name) == known
+    newer = policy.replacing((entry(16, device="cuda", name="GPU A", window=8),))
+    assert {e.name: e.blocks[0].window for e in newer.entries} == {"GPU A": 8, "GPU B": 4}
 
 
 # --- files
@@ -79,6 +117,13 @@ def test_a_policy_is_json_and_back():
     values = json.loads(json.dumps(good()))
     assert Policy.from_mapping(values, 2).to_mapping() == good()
     assert Policy.from_mapping({"entries": []}, 7) == Policy(())
+
+
+def test_a_file_without_tolerances_is_one_of_the_default():
+    values = good()
+    for written in values["entries"]:
+        del written["tol"]
+    assert {e.tol for e in Policy.from_mapping(values, 2).entries} == {1e-5}
 
 
 def _changed(*path, value=None, drop=False):
@@ -106,6 +151,7 @@ MALFORMED = {
     "precision": (_changed("entries", 0, "precision", value="fp8"), "precision: expected one of fp32, bf16, got 'fp8'"),
     "device": (_changed("entries", 0, "device", value=""), "device: expected a device type"),
     "guidance": (_changed("entries", 0, "guidance", value=-1.0), "guidance: expected a finite number >= 0, got -1"),
+    "tol": (_changed("entries", 0, "tol", value=0), "entries[0]: tol: expected a finite number > 0, got 0"),
     "solver": (
         _changed(*BLOCK, "solver", value="auto"),
         "blocks[0]: solver: expected one of sequential, jacobi, windowed, got 'auto'",
@@ -122,7 +168,7 @@ MALFORMED = {
     ),
     "twice": (
         _changed("entries", 0, "batch", value=16),
-        "expected one for each situation, got two for ('cpu', 'fp32', 16, 0.0)",
+        "expected one for each situation, got two for ('cpu', 'a machine', 2, 'fp32', 16, 0.0)",
     ),
 }  # fmt: skip
 
@@ -199,6 +245,8 @@ class Machine:
         self.seen.append((block, z, condition, tol))
         cost = self.costs.get(key, 100.0)
         self.now += cost[min(self.runs.count(key) - 1, len(cost) - 1)] if isinstance(cost, list) else cost
+        if method.solver != "sequential":
+            block.iterate(z, condition)  # as the real one does: packs what is not packed yet
         x, passes, _ = self.solve(block, z, condition, Method("sequential"), tol)
         return x, passes, (0,) if key in self.lost else ()
 
@@ -243,6 +291,41 @@ def test_candidates_take_turns_and_hopeless_ones_have_one():
     assert machine.runs == [SEQUENTIAL, SEQUENTIAL, JACOBI, WINDOWED] + [SEQUENTIAL, JACOBI] * 3
 
 
+def test_packing_is_not_timed(monkeypatch):
+    """Neither that of the weights nor that of the drafts, which the first iterative run would have to wait for."""
+    machine = Machine(monkeypatch, {SEQUENTIAL: 10.0, JACOBI: 5.0, WINDOWED: 8.0})
+    packed = []
+
+    def pack_block(weights, config, precision, pack=ops.pack_block):
+        packed.append(precision)
+        machine.now += 1000.0
+        return pack(weights, config, precision)
+
+    monkeypatch.setattr(ops, "pack_block", pack_block)
+    monkeypatch.setattr(ops, "has_fast_bf16", lambda device=None: True)
+    (found,) = machine.calibrate(make_flow(**LONG)).entries[0].blocks
+    assert (found.solver, found.ms) == ("jacobi", 5000.0)
+    assert sorted(packed) == ["bf16", "fp32"]
+
+
+def test_guidance_through_the_temperature_alone(monkeypatch):
+    """A model without classes and context has no other."""
+    flow = make_flow(**LONG)
+    machine = Machine(monkeypatch, {JACOBI: 1.0})
+    policy = machine.calibrate(flow, guidances=(0.0, 2.0), attn_temp=0.5, repetitions=1)
+    assert [e.guidance for e in policy.entries] == [0.0, 2.0]
+    assert {condition.guidance.attn_temp for _, _, condition, _ in machine.seen} == {0.5}
+
+
+def test_the_first_call_does_not_count_where_it_is_slow(monkeypatch):
+    """A candidate that records a graph at its first call is not hopeless."""
+    monkeypatch.setattr(calibration, "FIRST_IS_SLOW", ("cpu",))
+    machine = Machine(monkeypatch, {SEQUENTIAL: 10.0, JACOBI: [500.0, 5.0], WINDOWED: [500.0, 28.0]})
+    (found,) = machine.calibrate(make_flow(**LONG)).entries[0].blocks
+    assert (found.solver, found.ms) == ("jacobi", pytest.approx(5000.0))
+    assert machine.runs == [SEQUENTIAL, JACOBI, WINDOWED, SEQUENTIAL, JACOBI, WINDOWED] + [SEQUENTIAL, JACOBI] * 3
+
+
 def test_windows_are_shorter_than_the_block(monkeypatch):
     for size, windows in ((8, []), (10, [16]), (16, [16, 32]), (24, [16, 32, 64, 128])):
         machine = Machine(monkeypatch, {})
@@ -266,13 +349,15 @@ def test_blocks_are_measured_on_what_they_get(monkeypatch):
         x = z * flow.var.sqrt()
         assert torch.equal(given, x if block is first else first.decode_sequential(x, condition))
     assert {id(block) for block, *_ in machine.seen} == {id(first), id(second)}
-    assert (policy.entries[0].batch, policy.entries[0].guidance) == (4, 1.5)
+    assert (policy.entries[0].batch, policy.entries[0].guidance, policy.entries[0].tol) == (4, 1.5, 1e-4)
 
 
 def test_calibration_adds_to_what_is_known(monkeypatch):
     flow = make_flow(num_classes=3, **LONG)
     machine = Machine(monkeypatch, {JACOBI: 1.0})
-    flow.policy = Policy((entry(1, device="cuda", blocks=1), entry(2, blocks=1), entry(64, blocks=1)))
+    here = {"name": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    known = (entry(1, device="cuda", blocks=1), entry(2, blocks=1), entry(64, blocks=1))
+    flow.policy = Policy((known[0], *(replace(e, **here) for e in known[1:])))
     machine.calibrate(flow, batches=(2, 4, 2), guidances=(0.0, 1.0), repetitions=1)
     assert [(e.device, e.batch, e.guidance) for e in flow.policy.entries] == [
         ("cpu", 2, 0.0), ("cpu", 2, 1.0), ("cpu", 4, 0.0), ("cpu", 4, 1.0), ("cpu", 64, 0.0), ("cuda", 1, 0.0),
@@ -280,7 +365,46 @@ def test_calibration_adds_to_what_is_known(monkeypatch):
     found = flow.policy.choose("cpu", "fp32", 2, 0.0)
     assert found.blocks[0].solver == "jacobi"
     assert (found.threads, found.precision) == (torch.get_num_threads(), "fp32")
-    assert found.name
+    assert found.name == here["name"]
+
+
+class Gpu:
+    """A clock, and a GPU that has queued work: 5 s of it are done whenever somebody waits."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.waited_for = 0.0, []
+        monkeypatch.setattr(torch.cuda, "synchronize", self._synchronize)
+
+    def _synchronize(self, device):
+        self.now += 5.0
+        self.waited_for.append(device)
+
+    def clock(self):
+        return self.now
+
+
+def test_a_clock_of_a_gpu_waits_for_its_work(monkeypatch):
+    gpu, device = Gpu(monkeypatch), torch.device("cuda", 1)
+    read = device_clock(device, gpu.clock)
+    assert (read(), read()) == (5.0, 10.0)
+    assert gpu.waited_for == [device] * 2
+    assert device_clock(torch.device("cpu"), gpu.clock) == gpu.clock  # and no call more
+
+
+def test_calibration_times_what_the_device_has_done(monkeypatch):
+    """Each run is read between two waits, whoever brings the clock."""
+    gpu, given = Gpu(monkeypatch), []
+
+    def on_a_gpu(device, clock):
+        given.append(device)
+        return device_clock(torch.device("cuda"), clock)
+
+    monkeypatch.setattr(calibration, "device_clock", on_a_gpu)
+    flow = make_flow(num_blocks=1)
+    policy = biflow.calibrate(flow, batches=(1,), precisions=("fp32",), repetitions=2, clock=gpu.clock)
+    assert given == [torch.device("cpu")]  # where the model is
+    assert policy.entries[0].blocks[0].ms == 5000.0
+    assert len(gpu.waited_for) == 2 * 2 * 3  # sequential and jacobi, three runs each, two looks at the clock
 
 
 def test_a_calibrated_flow_decodes_as_exactly():
@@ -305,13 +429,23 @@ def test_a_calibrated_flow_decodes_as_exactly():
         ({"batches": (1.0,)}, TypeError, "batches: expected an int, got float 1.0"),
         ({"repetitions": 0}, ValueError, "repetitions: expected at least 1, got 0"),
         ({"precisions": ("fp8",)}, ValueError, "precision: expected one of fp32, bf16, got 'fp8'"),
-        ({"precisions": ()}, ValueError, "expected at least one of each, got none"),
-        ({"guidances": ()}, ValueError, "expected at least one of each, got none"),
+        ({"precisions": ()}, ValueError, "precisions: expected at least one, got none"),
+        ({"guidances": ()}, ValueError, "guidances: expected at least one, got none"),
+        ({"batches": 16}, TypeError, "batches: expected a list of ints, got int 16"),
+        ({"batches": "16"}, TypeError, "batches: expected a list of ints, got str '16'"),
+        ({"precisions": "fp32"}, TypeError, "precisions: expected a list of names, got str 'fp32'"),
+        ({"guidances": 1.0}, TypeError, "guidances: expected a list of numbers, got float 1.0"),
+        ({"guidances": ("a",)}, TypeError, "guidance: expected a number, got str 'a'"),
+        ({"seed": "x"}, TypeError, "seed: expected an int, got str 'x'"),
+        ({"attn_temp": 0.0}, ValueError, "attn_temp: expected a finite number > 0, got 0"),
+        ({"tol": 1e-300}, ValueError, "tol: expected a finite number > 0 as float32, got 1e-300"),
         ({"guidances": (-1.0,)}, ValueError, "guidance: expected a finite number >= 0, got -1"),
-        ({"guidances": (1.0,)}, ValueError, "guidances: expected 0 for a model without classes and context"),
+        ({"guidances": (1.0,)}, ValueError,
+         "guidances: expected 0, or attn_temp other than 1, for a model without classes and context, where guidance "
+         "acts through attn_temp alone; got 1"),
         ({"tol": 0.0}, ValueError, "tol: expected a finite number > 0, got 0"),
     ],
-)
+)  # fmt: skip
 def test_calibration_refuses(options, error, message):
     flow = make_flow()
     with pytest.raises(error, match=re.escape(message)):
@@ -349,8 +483,12 @@ def test_the_command_writes_into_the_file(model, capsys):
     )
     assert checkpoint.describe(model)["metadata"]["step"] == 3
     rows = captured.out.splitlines()
-    assert rows[0].split() == ["device", "precision", "batch", "guidance", "block", "solver", "window", "passes", "ms"]
-    assert [row.split()[:5] for row in rows[1:-1]] == [["cpu", p, str(n), str(g), "0"] for p, n, g in situations]
+    words = "device threads precision batch guidance tol block solver window passes ms on"
+    assert rows[0].split() == words.split()
+    assert [row.split()[:7] for row in rows[1:-1]] == [
+        ["cpu", str(torch.get_num_threads()), p, str(n), str(g), "1e-05", "0"] for p, n, g in situations
+    ]
+    assert all(row.endswith(device_name(torch.device("cpu"))) for row in rows[1:-1])
     assert rows[-1] == f"{model}: calibrated"
     assert "calibrate: 100%" in captured.err
     assert cli.main(["info", str(model)]) == 0
@@ -380,6 +518,8 @@ def test_the_command_writes_elsewhere(model, tmp_path):
         ("--precision fp32,fp8", "precision: expected one of fp32, bf16, got 'fp8'"),
         ("--guidance=-1", "guidance: expected a finite number >= 0, got -1"),
         ("--tol 0", "tol: expected a finite number > 0, got 0"),
+        ("--device cuda:99", "device: expected"),
+        ("--device abacus", "device: expected 'cpu'"),
         ("--out nowhere/m.safetensors", "--out: expected an existing folder, got nowhere"),
     ],
 )
@@ -390,13 +530,30 @@ def test_the_command_refuses(options, message, model, capsys):
     assert model.read_bytes() == before
 
 
+def test_the_command_measures_where_it_is_told(model, monkeypatch, capsys):
+    line = ["calibrate", str(model), "--batches", "1", "--precision", "fp32", "--repetitions", "1", "--quiet"]
+    assert cli.main([*line, "--device", "cpu"]) == 0
+    assert {e.device for e in biflow.load(model).policy.entries} == {"cpu"}
+    moved = []
+
+    def load(path, device):
+        moved.append(device)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("biflow.ops._checks.local_device", torch.device)
+    monkeypatch.setattr(checkpoint, "load", load)
+    assert cli.main([*line, "--device", "cuda:1"]) == 2
+    assert moved == [torch.device("cuda", 1)]
+    assert "far enough" in capsys.readouterr().err
+
+
 def test_the_command_takes_flows_only(tmp_path, capsys):
     biflow.save(make_reverse(), tmp_path / "m.safetensors")
     assert cli.main(["calibrate", str(tmp_path / "m.safetensors")]) == 2
     assert "expected a TarFlow, got a BiFlow" in capsys.readouterr().err
 
 
-def test_the_same_device_goes_before_the_nearest_batch_and_the_same_threads_decide_last():
+def test_the_same_device_goes_before_the_same_threads_and_both_before_the_nearest_batch():
     def measured(name, threads, batch, window):
         return Entry("cpu", name, threads, "fp32", batch, 0.0, (Measurement("windowed", window, 1, 1.0),))
 
@@ -404,5 +561,19 @@ def test_the_same_device_goes_before_the_nearest_batch_and_the_same_threads_deci
     assert policy.choose("cpu", "fp32", 1, 0.0, name="here").blocks[0].window == 1
     assert policy.choose("cpu", "fp32", 1, 0.0, name="there").blocks[0].window == 2
     assert policy.choose("cpu", "fp32", 1, 0.0, name="elsewhere").blocks[0].window == 2, "better than nothing"
-    equal = Policy((measured("here", 1, 4, 1), measured("here", 8, 16, 2)))
-    assert equal.choose("cpu", "fp32", 8, 0.0, name="here", threads=8).blocks[0].window == 1, "the smaller batch"
+
+    def window(entries, batch, threads):
+        found = {
+            Policy(tuple(order)).choose("cpu", "fp32", batch, 0.0, name="here", threads=threads).blocks[0].window
+            for order in (entries, entries[::-1])
+        }
+        assert len(found) == 1, "whatever their order"
+        return found.pop()
+
+    one, eight = measured("here", 1, 4, 1), measured("here", 8, 64, 2)
+    assert window([one, eight], 4, threads=8) == 2, "though of a farther batch"
+    assert window([one, eight], 64, threads=1) == 1
+    assert window([one, eight], 64, threads=4) == 2, "of other threads, the nearest batch"
+    assert window([measured("there", 8, 4, 3), one], 4, threads=8) == 1, "the device goes first"
+    same = [measured("here", n, 4, n) for n in (1, 2, 8, 32)]
+    assert [window(same, 4, threads=n) for n in (1, 3, 4, 6, 100)] == [1, 2, 2, 8, 32], "of one batch, the nearest"

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from tiny import BATCH, VARIANTS, make_condition, make_flow, noise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from biflow import ops, solvers
 from biflow.solvers import Condition, Guidance, Measurement, Method
@@ -43,20 +44,23 @@ def decode(blocks, z, condition, method):
 METHODS = [Method("jacobi"), Method("windowed", 1), Method("windowed", 3), Method("windowed", 16)]
 
 
+@pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-4), ("bf16", 2e-2)])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_all_solvers_agree(name):
+def test_all_solvers_agree(name, precision, apart):
+    """In bf16 to the tolerance of that, in each of two blocks. The certificate, of exact passes, shows its rounding."""
     flow = make_flow(std=0.08, **{**VARIANTS[name], **LONG, "layers_per_block": 1})
     z, (y, context) = noise(flow), make_condition(flow, BATCH)
     plain = Guidance(0.0), Guidance(1.5, attn_temp=0.7), Guidance(1.0, "a", anneal=False), Guidance(1.0, "b")
     for guidance in plain:
-        condition = Condition(y, context, guidance)
+        condition = Condition(y, context, guidance, precision)
         want, info = decode(flow.blocks, z, condition, Method("sequential"))
         assert info.fallbacks == ((), ())
+        allowed = info.residual.max() + 2 * solvers.effective_tol(1e-5, precision)
         for method in METHODS:
             x, info = decode(flow.blocks, z, condition, method)
             assert info.fallbacks == ((), ()), (method, guidance)
-            assert info.residual.max() <= 2e-5, (method, guidance)
-            torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-4)
+            assert info.residual.max() <= allowed, (method, guidance)
+            torch.testing.assert_close(x, want, rtol=apart, atol=apart)
 
 
 @pytest.mark.parametrize("start_token", [False, True])
@@ -314,6 +318,31 @@ def test_a_decode_that_overflows_is_not_certified():
     assert not info.residual.max() <= 1e-5
 
 
+class NoLook(TorchDispatchMode):
+    """Refuses what makes a host wait for a GPU: a tensor's value in Python, shapes that depend on values."""
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op._schema.name.removeprefix("aten::") not in self.LOOKS, f"the host looks at a value: {op}"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["tarflow", "classes", "context-and-class-tokens"])
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_a_certified_sequential_decode_makes_no_host_wait(name, guidance):
+    """The blocks are queued one after the other, their residuals with them."""
+    flow = make_flow(**VARIANTS[name])
+    condition = Condition(*make_condition(flow, BATCH), Guidance(guidance))
+    z, plan = noise(flow), [Method("sequential")] * len(flow.blocks)
+    solvers.decode(flow.blocks, z, condition, plan, 1e-5, certify=True)  # packs
+    with torch.no_grad(), NoLook():
+        _, info = solvers.decode(flow.blocks, z, condition, plan, 1e-5, certify=True)
+    assert 0 < info.residual.max() < 1e-4
+    with pytest.raises(AssertionError, match="the host looks at a value"), NoLook():
+        info.residual.max().item()
+
+
 def test_info_counts_passes_per_block():
     _, info = make_flow().decode(torch.zeros(1, 4, 4), return_info=True)
     assert info.solver == ("sequential",) * 3
@@ -351,6 +380,9 @@ def test_auto_follows_the_policy_by_block():
     assert given.solver == ("sequential",) * 3, "a solver that is asked for is used"
     assert (x - want).abs().max() <= 1e-4
     assert not torch.equal(x, want)
+    tight = flow.decode(z, y, tol=1e-7, return_info=True)[1]
+    assert tight.solver == ("sequential",) * 3, "what was measured at 1e-5 says nothing about 1e-7"
+    assert tight.fallbacks == ((),) * 3
     assert "policy" not in " ".join(flow.state_dict())
     assert copy.deepcopy(flow).policy == flow.policy
     drawn = flow.sample(2, generator=torch.Generator().manual_seed(0), solver="windowed", window=3)
@@ -387,11 +419,22 @@ def test_auto_follows_the_policy_by_block():
         ({"guide": ""}, ValueError, "guide: expected 'a', 'b' or 'ab', got ''"),
         ({"anneal": 1}, TypeError, "anneal: expected bool, got int 1"),
         ({"attn_temp": 0.0}, ValueError, "attn_temp: expected a finite number > 0, got 0"),
+        ({"guidance": 1e300}, ValueError, "guidance: expected a finite number >= 0 as float32, got 1e+300"),
+        ({"attn_temp": 1e300}, ValueError, "attn_temp: expected a finite number > 0 as float32, got 1e+300"),
+        ({"attn_temp": 1e-300}, ValueError, "attn_temp: expected a finite number > 0 as float32, got 1e-300"),
+        ({"tol": 1e300}, ValueError, "tol: expected a finite number > 0 as float32, got 1e+300"),
+        ({"tol": 1e-300}, ValueError, "tol: expected a finite number > 0 as float32, got 1e-300"),
     ],
 )  # fmt: skip
 def test_refuses(options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make_flow().decode(torch.zeros(1, 4, 4), **options)
+
+
+def test_guidance_itself_refuses_what_fp32_cannot_hold():
+    for fields in ({"scale": 1e300}, {"attn_temp": 1e300}, {"attn_temp": 1e-300}):
+        with pytest.raises(ValueError, match=r"expected a finite number .* as float32"):
+            Guidance(**fields)
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)

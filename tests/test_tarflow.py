@@ -222,6 +222,18 @@ def test_temperature_and_denoising_are_as_defined():
     assert torch.equal(flow.sample(1, temperature=0.0, denoise=False), flow.decode(torch.zeros(1, 4, 4)))
 
 
+def test_a_sample_tells_of_its_decode():
+    flow = make_flow(num_classes=3, noise_std=0.2)
+    y, g = torch.tensor([0, 1, -1]), torch.Generator()
+    want = flow.sample(3, y, guidance=1.0, solver="jacobi", generator=g.manual_seed(1))
+    got, info = flow.sample(3, y, guidance=1.0, solver="jacobi", return_info=True, generator=g.manual_seed(1))
+    assert torch.equal(got, want), "denoised"
+    z = torch.randn(3, 4, 4, generator=g.manual_seed(1))
+    told = flow.decode(z, y, guidance=1.0, solver="jacobi", return_info=True)[1]
+    assert (info.passes, info.solver, info.fallbacks) == (told.passes, told.solver, told.fallbacks)
+    assert torch.equal(info.residual, told.residual)
+
+
 @pytest.mark.parametrize(
     "mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__
 )

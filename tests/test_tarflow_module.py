@@ -249,8 +249,12 @@ BAD_CALLS = {
         ValueError,
         "temperature: expected a finite number >= 0, got nan",
     ),
+    "temperature-fp32": (
+        lambda f: f.sample(1, temperature=1e300),
+        ValueError,
+        "temperature: expected a finite number >= 0 as float32, got 1e+300",
+    ),
     "denoise": (lambda f: f.sample(1, denoise=True), ValueError, "denoise: expected a model with noise_std > 0"),
-    "return-info": (lambda f: f.sample(1, return_info=True), ValueError, "return_info: expected with decode"),
     "option": (lambda f: f.sample(1, steps=3), TypeError, "steps"),
     "bin-width": (
         lambda f: f.bits_per_dim(torch.zeros(1, 1, 4, 4), bin_width=0),

@@ -82,6 +82,17 @@ for precision in ("fp32", "bf16"):
         windows(z, 0, tokens)
         result[f"decode {{precision}} {{tokens}}"] = cost(lambda: decode_block(z, packed, config, out=out))
         result[f"window {{precision}} {{tokens}}"] = cost(lambda: windows(z, 4, 8))
+        config = BlockConfig(**{{**BASE, "tokens": tokens, "num_classes": 3, "class_tokens": 2, "rope": True}})
+        packed = pack_block(random_weights(config), config, precision)
+        given = dict(
+            y=torch.tensor([0, 1, -1]), context=torch.randn(3, 5, 32), null_context=torch.randn(5, 32), guidance=1.5,
+            attn_temp=0.7,
+        )
+        windows = BlockWindows(packed, config, 3, **given)
+        windows(z, 0, tokens)
+        guided = lambda: decode_block(z, packed, config, out=out, **given)
+        result[f"guided decode {{precision}} {{tokens}}"] = cost(guided)
+        result[f"guided window {{precision}} {{tokens}}"] = cost(lambda: windows(z, 4, 8))
 print(json.dumps(result))
 """
 
@@ -89,14 +100,17 @@ print(json.dumps(result))
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a C compiler and glibc")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_allocations_do_not_depend_on_the_number_of_tokens(threads, tmp_path):
-    """One call has its scratch and a few small things, and touches no page beyond what it allocated."""
+    """One call has its scratch and a few small things, and touches no page beyond what it allocated.
+
+    Guided: two passes a step, after a prefix of class and context tokens.
+    """
     (tmp_path / "count.c").write_text(COUNTER)
     shim = str(tmp_path / "libcount.so")
     subprocess.run([COMPILER, "-shared", "-fPIC", "-O1", "-o", shim, str(tmp_path / "count.c")], check=True)
     cost = run(COUNTED.format(shim=shim, threads=threads), LD_PRELOAD=shim)
     assert cost["one"][0] > cost["nothing"][0], "the counter must count"
     assert cost["one"][1] - cost["nothing"][1] >= 100000
-    for what in ("decode", "window"):
+    for what in ("decode", "window", "guided decode", "guided window"):
         for precision in PRECISIONS:
             calls = [cost[f"{what} {precision} {tokens}"][0] for tokens in (8, 64, 256)]
             assert calls[0] == calls[1] == calls[2], f"{what} {precision}: {calls} allocations"

@@ -2,12 +2,14 @@
 
     python -m benchmarks.gpu [--only PART,PART] [--out FOLDER] [--commit NAME] [--peer-ml-tarflow PATH] [--dry-run]
 
-Parts: build, conformance (what the emulator stands for), limits (copy, GEMM), models, kernels, machine (barriers,
-weight reads), tests (pytest -m gpu), memcheck and racecheck (small cases). Each runs in a process of its own; one that
-fails or takes too long is named in the table, keeps the rows it has, and the next goes on. Everything goes to
-FOLDER/<device>.json (default: benchmarks/results), after every part; a run of some parts keeps what the file holds of
-the others. --commit: where there is no git. --dry-run: on the CPU, with tiny shapes: shows that the parts run; writes
-to FOLDER or nowhere. Without a GPU the exit status is 2.
+Parts: build, limits (copy, GEMM), machine (barriers, weight reads), decode (the exact inverse), models (the learned
+inverse, the density), kernels, conformance (what the emulator stands for), tests (pytest -m gpu), memcheck and
+racecheck (small cases). What decides comes first, in the parts as within them. Each runs in a process of its own; one
+that fails or takes too long is named in the table, keeps the rows it has, and the next goes on; so does a measuring
+part after a row that hangs. Time that no part needs is that of the next one: with --only there is more. Everything goes
+to FOLDER/<device>.json (default: benchmarks/results), after every part; a run of some parts keeps what the file holds
+of the others. --commit: where there is no git. --dry-run: on the CPU, with tiny shapes: shows that the parts run;
+writes to FOLDER or nowhere. Without a GPU the exit status is 2.
 """
 
 import argparse
@@ -32,17 +34,21 @@ import torch
 
 from benchmarks.timing import commit, table
 
-from .tools import find, json_lines
+from .tools import AGAIN, UNTIL, find, json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 525  # for everything
 PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "cupy-cuda12x")
+LABELS = ("limit", "decode", "phases", "op", "item", "case", "batch", "precision", "who")  # what names a row
 UNSUPPORTED = "Device not supported"  # compute-sanitizer's words
 
 
 @dataclass(frozen=True)
 class Part:
-    """commands: run one after the other, stopping at the first that fails. seconds: the most they may take."""
+    """commands: run one after the other, stopping at the first that fails. seconds: the most they may take.
+
+    UNTIL in a command becomes the end of that time. One that ends with AGAIN is run again.
+    """
 
     name: str
     seconds: int
@@ -59,7 +65,8 @@ def parts(work: Path, peer: str | None, dry: bool) -> list[Part]:
     pytest = (*python, "pytest", "-vv", "--tb=short", "-m", "gpu", "tests")
     if importlib.util.find_spec("xdist"):
         pytest = (*pytest, "-n", "8")
-    measure = (*python, "benchmarks.gpu.measure", "--out", str(work), *(("--dry-run",) if dry else ()))
+    measure = (*python, "benchmarks.gpu.measure", "--out", str(work), "--until", UNTIL)
+    measure = (*measure, *(("--dry-run",) if dry else ()))
     peers = ("--peer-ml-tarflow", peer) if peer else ()
 
     def sanitizer(tool: str) -> Part:
@@ -75,21 +82,33 @@ def parts(work: Path, peer: str | None, dry: bool) -> list[Part]:
 
     every = [
         Part("build", 180, ((*python, "benchmarks.gpu.build"),)),
+        Part("limits", 25, ((*measure, "limits"),)),
+        Part("machine", 45, ((*nvcc, "benchmarks/gpu/machine.cu", "-o", machine), (machine,))),
+        Part("decode", 150, ((*measure, "decode", *peers),)),
+        Part("models", 70, ((*measure, "models", *peers),)),
+        Part("kernels", 55, ((*measure, "kernels"),)),
         Part("conformance", 70, ((*nvcc, *sources, "-o", conformance), (conformance,))),
-        Part("limits", 30, ((*measure, "limits"),)),
-        Part("models", 140, ((*measure, "models", *peers),)),
-        Part("kernels", 100, ((*measure, "kernels"),)),
-        Part("machine", 60, ((*nvcc, "benchmarks/gpu/machine.cu", "-o", machine), (machine,))),
         Part("tests", 120, (pytest,)),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
     ]
-    return [p for p in every if not dry or p.name in ("limits", "kernels", "models")]
+    return [p for p in every if not dry or p.name in ("limits", "decode", "models", "kernels")]
+
+
+def allowed(part: Part, later: list[Part], left: float) -> float:
+    """Seconds of a part: its own, or what all parts after it leave, if that is more; never more than are left."""
+    return min(left, max(part.seconds, left - sum(p.seconds for p in later)))
+
+
+def hand_over(work: Path, rows: list[dict]) -> None:
+    """Rows of `machine`, to where the parts after it look."""
+    (work / "machine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run_part(part: Part, seconds: float) -> dict:
     """status ("ok", "failed", "timed out", "skipped"), seconds, all it printed."""
     start = time.monotonic()
+    until = start + seconds
 
     def result(status: str) -> dict:
         printed.seek(0)
@@ -102,19 +121,24 @@ def run_part(part: Part, seconds: float) -> dict:
         for command in part.commands:
             if shutil.which(command[0]) is None:
                 return {"status": "skipped", "seconds": 0.0, "output": f"found no {command[0]}"}
-            process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **part.environment},
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                status = process.wait(max(seconds - (time.monotonic() - start), 1))
-            except subprocess.TimeoutExpired:
-                return result("timed out")
-            finally:  # with all that it started
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            # the time it takes to end, and to say so, is left before it is ended
+            words, status = [str(until - 3) if word == UNTIL else word for word in command], AGAIN
+            while status == AGAIN:
+                process = subprocess.Popen(
+                    words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT,
+                    env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **part.environment},
+                    start_new_session=True,
+                )  # fmt: skip
+                try:
+                    status = process.wait(max(until - time.monotonic(), 1))
+                except subprocess.TimeoutExpired:
+                    return result("timed out")
+                finally:  # with all that it started
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                if status == AGAIN and time.monotonic() >= until:
+                    return result("timed out")
             if status:
                 return result("failed")
         return result("ok")
@@ -182,14 +206,18 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / (re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") + ".json")
         before = json.loads(path.read_text())["parts"] if path.exists() and args.only else {}
-    for part in chosen:
+    if "machine" not in {part.name for part in chosen}:  # a GPU's rates of an earlier run are its rates
+        hand_over(work, before.get("machine", {}).get("rows", []))
+    for i, part in enumerate(chosen):
         print(f"{part.name} ...", flush=True)
         left = deadline - time.monotonic()
-        found[part.name] = one = run_part(part, min(part.seconds, left)) if left > 5 else {"status": "no time left"}
+        seconds = allowed(part, chosen[i + 1 :], left)
+        found[part.name] = one = run_part(part, seconds) if left > 5 else {"status": "no time left"}
         rows = work / f"{part.name}.jsonl"
-        text = rows.read_text() if rows.exists() else one.get("output", "") if part.name == "machine" else ""
-        if text:
-            one["rows"] = json_lines(text)
+        if part.name == "machine":
+            hand_over(work, json_lines(one.get("output", "")))
+        if rows.exists():
+            one["rows"] = json_lines(rows.read_text())
         one["output"] = kept(one.get("output", ""))
         if one["status"] != "ok":
             print(one["output"], flush=True)
@@ -210,10 +238,13 @@ def summary(about: dict, found: dict) -> list[str]:
         for row in part.get("rows", []):
             kinds.setdefault(next(iter(row)), []).append(row)
         for group in kinds.values():
-            lines += table([{k: v for k, v in row.items() if k != "failed"} for row in group])
-            for row in (row for row in group if "failed" in row):
-                labels = [str(row[key]).strip() for key in ("limit", "op", "item", "case", "batch") if key in row]
-                lines.append(f"failed: {', '.join(labels)}: {row['failed']}")
+            measured = [row for row in group if "left_out" not in row]
+            if measured:
+                lines += table([{k: v for k, v in row.items() if k != "failed"} for row in measured])
+            for what in ("failed", "left_out"):
+                for row in (row for row in group if what in row):
+                    labels = [str(row[key]).strip() for key in LABELS if key in row]
+                    lines.append(f"{what.replace('_', ' ')}: {', '.join(labels)}: {row[what]}")
             lines.append("")
     return lines + [f"{name:12} {part['status']:10} {part.get('seconds', 0):6.0f} s" for name, part in found.items()]
 

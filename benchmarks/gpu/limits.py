@@ -14,10 +14,15 @@ GEMM = 8192
 
 @dataclass
 class Case:
-    """One row: what it is, and a function that measures the rest of it."""
+    """One row, or several of a kind: what it is, and a function that measures the rest of it.
+
+    needs: seconds that must be left, or it is left out. limit: seconds after which it counts as hanging.
+    """
 
     labels: dict
-    run: Callable[[], dict]
+    run: Callable[[], dict | list[dict]]
+    needs: float = 0.0
+    limit: float = 60.0
 
 
 def cases(timer: Timer, dry: bool) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Whole passes: the learned inverse and the density, as milliseconds an image; an eager step of the exact inverse.
+"""Whole passes: the learned inverse and the density, as milliseconds an image.
 
 torch.compile takes long to start: only at one batch size, in rows that come last.
 """
@@ -9,17 +9,14 @@ from collections.abc import Iterator
 
 import torch
 
-from biflow.evaluate.eager import eager_decode_block
+from benchmarks.flows import CONFIGS, LARGE
 from biflow.models import BiFlow, BiFlowConfig, TarFlow, TarFlowConfig
 
 from .limits import Case, bound, share
 from .timing import Call, Timer, Times
 
 # iTARFlow-B/2 and TARFlow-64, and a reverse model for the former (PERFORMANCE: 133 M parameters)
-FLOWS = {
-    "B/2": dict(img_size=32, in_channels=4, patch_size=2, width=768, num_blocks=8, layers_per_block=2),
-    "TARFlow-64": dict(img_size=64, in_channels=3, patch_size=2, width=768, num_blocks=8, layers_per_block=8),
-}
+FLOWS = {name: (CONFIGS | LARGE)[name] for name in ("B/2", "TARFlow-64")}
 REVERSE = dict(
     img_size=32, in_channels=4, patch_size=2, num_blocks=8, layers_per_group=2, width=768, num_classes=1000,
     class_tokens=8, max_guidance=4.0, guidance_tokens=4,
@@ -49,7 +46,6 @@ def cases(timer: Timer, limits: list[dict], dry: bool, ml_tarflow: str | None) -
     yield from reverse(timer, limits, dry, REVERSE_BATCHES)
     for name, batches in DENSITY_BATCHES.items():
         yield from density(timer, limits, dry, name, batches, ml_tarflow)
-    yield from eager_step(timer, dry)
     if not dry:
         yield from reverse(timer, limits, dry, (COMPILED_BATCH,), compiled=True)
         yield from density(timer, limits, dry, "B/2", (COMPILED_BATCH,), None, compiled=True)
@@ -180,22 +176,3 @@ def _peer(flow: TarFlow, path: str):
     from benchmarks.peers.ml_tarflow import load_model
 
     return load_model(flow, path).to(flow.var.device)
-
-
-def eager_step(timer: Timer, dry: bool) -> Iterator[Case]:
-    """One token of the exact inverse of a B/2 block as eager torch makes it, a cache that grows by concatenation."""
-
-    @functools.cache
-    def block():
-        flow = TarFlow(TarFlowConfig(head_dim=64, **(FLOWS["B/2"] | SMALL | {"img_size": 8} if dry else FLOWS["B/2"])))
-        randomize(flow)
-        return flow.blocks[0].to(timer.device)
-
-    def decoded(batch):
-        z = torch.randn(batch, block().tokens, block().config.channels, device=timer.device)
-        with torch.autocast(timer.device.type, torch.bfloat16):
-            times = timer({"ours": Call(lambda: eager_decode_block(block(), z), graph=False)}, cold=True, seconds=1)
-        return times.row(lambda seconds: {"us_step": seconds / block().tokens * 1e6})
-
-    for batch in (1,) if dry else (1, 64):
-        yield Case({"item": "eager step B/2", "batch": batch}, functools.partial(decoded, batch))

@@ -1,5 +1,6 @@
 """Times on a GPU: recorded calls, replayed between events, in turns. On a machine without one (a dry run) a clock."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -72,6 +73,20 @@ class Timer:
                 except Exception as error:
                     failed[name] = reason(error)
         return Times({name: statistics.median(t) for name, t in times.items() if name not in failed}, failed)
+
+    def few(self, call: Callable[[], object], *, seconds: float = 2.0, most: int = 7) -> float:
+        """Median seconds of a call that takes long and has run before: of as many as fit, at least one.
+
+        From an idle device to an idle device: with its launches, and with what the host waits for in between. A dry
+        run calls it once.
+        """
+        times = []
+        wait = functools.partial(torch.cuda.synchronize, self.device) if self.device.type == "cuda" else None
+        while len(times) < (most if wait else 1) and (not times or sum(times) + times[-1] <= seconds):
+            if wait:
+                wait()
+            times.append(self._event(call, cold=False))
+        return statistics.median(times)
 
     def _prepare(self, call: Call, repeats: int) -> Callable[[], object]:
         if self.device.type != "cuda":

@@ -6,6 +6,9 @@ import shutil
 import sysconfig
 from pathlib import Path
 
+AGAIN = 75  # exit status of a measuring process that a row made hang, and that goes on after it when started again
+UNTIL = "{until}"  # in a command: when it must have ended, in seconds of time.monotonic
+
 
 def find(name: str) -> str | None:
     """A program on the PATH, beside this Python, of `make nvcc`, of $CUDA_HOME, of /usr/local/cuda: many machines have

@@ -59,11 +59,16 @@ def model_file(checkpoint: str) -> Path:
     return path
 
 
-def load_model(checkpoint: str, kind: str | None = None) -> "TarFlow | BiFlow":
-    """The model of a checkpoint or run folder; ValueError unless it is of the wanted kind ("TarFlow", "BiFlow")."""
-    from biflow.checkpoint import load
+def load_model(checkpoint: str, kind: str | None = None, device: str = "cpu") -> "TarFlow | BiFlow":
+    """The model of a checkpoint or run folder; ValueError unless it is of the wanted kind ("TarFlow", "BiFlow").
 
-    model = load(model_file(checkpoint))
+    device: as the user wrote it; ValueError unless this build has kernels for it and this machine has it.
+    """
+    from biflow.checkpoint import load
+    from biflow.ops._checks import local_device
+
+    where = local_device(device)
+    model = load(model_file(checkpoint), where)
     if kind is not None and type(model).__name__ != kind:
         raise ValueError(f"{checkpoint}: expected a {kind}, got a {type(model).__name__}")
     return model

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from biflow.models import BiFlow, TarFlow
-    from biflow.solvers import Policy
+    from biflow.solvers import DecodeInfo, Policy
 
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CKPT", help="A model .safetensors file, or a finished run's folder.")
 ]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
 BATCH = 256  # images drawn at once: memory does not grow with --n
 
@@ -38,10 +39,17 @@ def sample(
     solver: Annotated[
         str | None, typer.Option("--solver", help="Exact flow: sequential, jacobi, windowed or auto.  [default: auto]")
     ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", min=1, help="With --solver windowed: tokens a window.  [default: 16]")
+    ] = None,
+    tol: Annotated[
+        float | None, typer.Option("--tol", help="Exact flow: tolerance of the iterative solvers.  [default: 1e-5]")
+    ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Exact flow: print how exact the decode was; costs one encode.")
+    ] = False,
     precision: Annotated[str, typer.Option("--precision", help="Of the decode: fp32 or bf16.")] = "fp32",
-    device: Annotated[
-        str, typer.Option("--device", help="Where to decode: cpu, or cuda for a learned inverse.")
-    ] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
@@ -58,34 +66,39 @@ def sample(
         raise ValueError(f"--out: expected a file ending in .png or .npz, got {out!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
-    where = local_device(device)
-    model = load_model(checkpoint).to(where)
+    model, where = load_model(checkpoint, device=device), local_device(device)
     y = _labels(model, label, n)
     if guidance is None:
         limit = getattr(model.config, "max_guidance", 0.0) or 1.0
         guidance = min(1.0, limit) if y is not None else 0.0
     options = {}
+    exact = {"solver": solver, "window": window, "tol": tol, "return_info": certify or None}
+    exact = {name: value for name, value in exact.items() if value is not None}
     if isinstance(model, TarFlow):
-        options |= {"denoise": False if no_denoise else None, "solver": solver or "auto"}
+        options |= {"denoise": False if no_denoise else None, **exact}
     elif no_denoise:
         raise ValueError("--no-denoise: expected with an exact flow; a learned inverse ends in clean images")
-    elif solver is not None:
-        raise ValueError(f"--solver: expected with an exact flow; a learned inverse has one pass; got {solver!r}")
+    elif exact:
+        name, value = next(iter(exact.items()))
+        option = "--certify" if name == "return_info" else f"--{name}"
+        raise ValueError(f"{option}: expected with an exact flow; a learned inverse has one pass; got {value!r}")
     options |= {"guidance": guidance, "temperature": temperature, "generator": torch.Generator().manual_seed(seed)}
     options["precision"] = precision
+    parts, infos = [], []
     with model.frozen():
-        images = torch.cat(
-            [
-                model.sample(
-                    min(BATCH, n - start), None if y is None else y[start : start + BATCH].to(where), **options
-                ).cpu()
-                for start in range(0, n, BATCH)
-            ]
-        )
+        for start in range(0, n, BATCH):
+            labels = None if y is None else y[start : start + BATCH].to(where)
+            drawn = model.sample(min(BATCH, n - start), labels, **options)
+            drawn, *info = drawn if certify else (drawn,)
+            parts.append(drawn.cpu())
+            infos += info
+    images = torch.cat(parts)
     bad = n - int(images.isfinite().flatten(1).all(1).sum())
     if bad:
         typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
     _write(images, y, path)
+    for line in _certificate(infos) if certify else []:
+        typer.echo(line)
     typer.echo(f"{path}: {n} images")
 
 
@@ -101,12 +114,13 @@ def calibrate(
     tol: Annotated[float, typer.Option("--tol", help="Tolerance of the iterative solvers.")] = 1e-5,
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Timed runs of each solver.")] = 7,
     out: Annotated[str | None, typer.Option("--out", help="Write the model here.  [default: in place]")] = None,
+    device: Device = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Measure which solver inverts which block of a flow fastest on this machine, and keep that in the checkpoint.
+    """Measure which solver inverts which block of a flow fastest on a device, and keep that in the checkpoint.
 
-    Exact decoding follows it (solver "auto"); without it every block is decoded sequentially. What was measured for
-    other devices, precisions, batch sizes and guidances stays in the file.
+    Exact decoding follows it (solver "auto"); without it every block is decoded sequentially. What was measured on
+    other devices or threads, for other precisions, batch sizes and guidances, stays in the file.
     """
     import biflow
     from biflow import checkpoint as files
@@ -121,7 +135,7 @@ def calibrate(
     path = source if out is None else Path(out).expanduser()
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
-    flow = load_model(checkpoint, "TarFlow")
+    flow = load_model(checkpoint, "TarFlow", device=device)
     policy = biflow.calibrate(
         flow,
         batches=sizes,
@@ -150,6 +164,7 @@ def evaluate(
         list[float] | None, typer.Option("--guidance", help="Strength; may be repeated.  [default: 0 1 2 3]")
     ] = None,
     timings: Annotated[bool, typer.Option("--timings", help="Also ms per image of each way of decoding.")] = False,
+    device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Measure a flow, or a learned inverse next to its flow, on held-out data and on samples.
@@ -165,14 +180,14 @@ def evaluate(
     path = None if out is None else Path(out).expanduser()
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, device=device)
     learned = isinstance(model, BiFlow)
     if learned != (flow is not None):
         what = "a learned inverse, which is measured next to its flow" if learned else "a flow"
         raise ValueError(f"--flow: expected {'with' if learned else 'only with a learned inverse, not with'} {what}")
     if timings and not learned:
         raise ValueError("--timings: expected with a learned inverse, whose speed is compared with its flow's")
-    forward = load_model(flow, "TarFlow") if learned else model
+    forward = load_model(flow, "TarFlow", device=device) if learned else model
     config = metrics.EvaluationConfig(
         samples=samples, guidances=tuple(guidance or metrics.EvaluationConfig.guidances), seed=seed
     )
@@ -240,20 +255,37 @@ def info(
     typer.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip())
 
 
+def _certificate(infos: list["DecodeInfo"]) -> list[str]:
+    """What the decodes of all batches say together: the largest residual and, by block, the most passes of a batch."""
+    import torch
+
+    lines = [f"largest residual: {torch.cat([info.residual for info in infos]).max():.2g}"]
+    for block in range(len(infos[0].solver)):
+        ways = [(info.solver[block], info.window[block]) for info in infos]
+        names = dict.fromkeys(solver if window is None else f"{solver} {window}" for solver, window in ways)
+        passes, lost = max(info.passes[block] for info in infos), sum(len(info.fallbacks[block]) for info in infos)
+        lines.append(f"block {block}: {' or '.join(names)}, {passes} passes, {lost} fallbacks")
+    return lines
+
+
 def _policy_table(policy: "Policy") -> list[str]:
     """A line a block of each entry, below a line of headings."""
-    rows = [("device", "precision", "batch", "guidance", "block", "solver", "window", "passes", "ms")]
+    head = ("device", "threads", "precision", "batch", "guidance", "tol", "block", "solver", "window", "passes", "ms")
+    rows = [(*head, "on")]
     rows += [
         (
             entry.device,
+            str(entry.threads),
             entry.precision,
             str(entry.batch),
             f"{entry.guidance:g}",
+            f"{entry.tol:g}",
             str(index),
             found.solver,
             str(found.window or "-"),
             str(found.passes),
             f"{found.ms:.3g}",
+            entry.name,
         )
         for entry in policy.entries
         for index, found in enumerate(entry.blocks)
@@ -308,6 +340,7 @@ COMMANDS = (
         examples(
             "biflow sample runs/inverse --n 50",
             "biflow sample runs/flow --class 3 --guidance 2 --out threes.png",
+            "biflow sample runs/flow --solver windowed --window 32 --tol 1e-4 --certify",
             "biflow sample runs/inverse/model.safetensors --n 1000 --seed 7 --out samples.npz",
         ),
     ),
@@ -317,6 +350,7 @@ COMMANDS = (
         examples(
             "biflow calibrate runs/flow",
             "biflow calibrate flow.safetensors --batches 1,256 --guidance 0 --guidance 2 --out calibrated.safetensors",
+            "biflow calibrate runs/flow --device cuda",
         ),
     ),
     (

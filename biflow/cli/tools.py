@@ -12,7 +12,7 @@ import typer
 
 from biflow.cli.common import examples, model_file
 
-OPS = ("decode", "affine", "decode_block", "block_params", "jacobi_update", "attention", "norm", "gate")
+OPS = ("decode", "encode", "affine", "decode_block", "block_params", "jacobi_update", "attention", "norm", "gate")
 PACKAGE = "_biflow_benchmarks"  # the name under which benchmarks/ is imported: no other package has it
 DECODE = "Of decode:"
 
@@ -20,7 +20,7 @@ DECODE = "Of decode:"
 def bench(
     op: Annotated[
         str | None,
-        typer.Option("--op", metavar="|".join(OPS), help="One benchmark; decode: whole flows.  [default: all]"),
+        typer.Option("--op", metavar="|".join(OPS), help="One benchmark; decode, encode: whole flows.  [default: all]"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few cases, few repetitions: under a minute.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.  [default: torch's choice]")] = None,

@@ -1,4 +1,7 @@
-"""How good a flow and its learned inverse are: numbers on held-out data and on samples, all plain floats."""
+"""How good a flow and its learned inverse are: numbers on held-out data and on samples, all plain floats.
+
+Models may be on any device; data, noise and samples are on the CPU, and so is the classifier.
+"""
 
 import math
 from collections.abc import Callable
@@ -115,11 +118,12 @@ def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> di
         sample_residual_max: largest certificate (`DecodeInfo.residual`) over decoded samples at the largest guidance.
         samples: a list with one entry per guidance, see `describe_samples`.
     """
-    y = _labels(flow, real.val_y)
+    device, y = _device(flow), _labels(flow, real.val_y)
+    y = None if y is None else y.to(device)
     generator = torch.Generator().manual_seed(config.seed)
     nats, error = [], 0.0
     for draw in range(config.noise_draws):
-        x = real.dequantised(generator)
+        x = real.dequantised(generator).to(device)
         for rows in _parts(len(x), config.batch_size):
             part_y = None if y is None else y[rows]
             with torch.no_grad():
@@ -128,10 +132,8 @@ def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> di
                     back = flow.decode(flow.encode(x[rows], part_y)[0], part_y)
                     error = max(error, float((back - x[rows]).abs().max()))
     z, sample_y = noise(flow, config)
-    few = slice(0, 50)
-    _, info = flow.decode(
-        z[few], None if sample_y is None else sample_y[few], guidance=max(_usable(flow, config)), return_info=True
-    )
+    few_z, few_y = (None if t is None else t[:50].to(device) for t in (z, sample_y))
+    _, info = flow.decode(few_z, few_y, guidance=max(_usable(flow, config)), return_info=True)
     mean = float(torch.cat(nats).mean())
     bits = None if real.bin_width is None else mean / math.log(2) - math.log2(real.bin_width)
     return {
@@ -159,7 +161,7 @@ def evaluate_inverse(rev: BiFlow, flow: TarFlow, real: RealData, config: Evaluat
             `batch_size` samples.
     """
     check_pair(rev, flow)
-    y = real.val_y
+    device, y = _device(flow), real.val_y
     generator = torch.Generator().manual_seed(config.seed + 1)
     std = flow.config.noise_std
     noisy = (
@@ -167,9 +169,9 @@ def evaluate_inverse(rev: BiFlow, flow: TarFlow, real: RealData, config: Evaluat
     )
     squares = []
     for rows in _parts(len(real.val_x), config.batch_size):
-        clean, part_y = real.val_x[rows], None if y is None else y[rows]
+        clean, part_y = real.val_x[rows].to(device), None if y is None else y[rows].to(device)
         with torch.no_grad():
-            z, _ = flow.encode(noisy[rows], _labels(flow, part_y) if rev.config.num_classes else None)
+            z, _ = flow.encode(noisy[rows].to(device), _labels(flow, part_y) if rev.config.num_classes else None)
         squares.append((rev.decode(z, _labels(rev, part_y)) - clean).double().square().flatten(1).mean(1))
     z, sample_y = noise(flow, config)
     samples = []
@@ -238,12 +240,12 @@ def decode_exact(flow: TarFlow, z: Tensor, y: Tensor | None, guidance: float, co
             x[ok] = flow.denoise(x[ok], None if y is None else y[ok])
         return x
 
-    return _batched(decode, z, y, config.batch_size)
+    return _batched(decode, flow, z, y, config.batch_size)
 
 
 def decode_learned(rev: BiFlow, z: Tensor, y: Tensor | None, guidance: float, config: EvaluationConfig) -> Tensor:
     """Learned, guided, and clean: one pass."""
-    return _batched(lambda z, y: rev.decode(z, _labels(rev, y), guidance=guidance), z, y, config.batch_size)
+    return _batched(lambda z, y: rev.decode(z, _labels(rev, y), guidance=guidance), rev, z, y, config.batch_size)
 
 
 def check_pair(rev: BiFlow, flow: TarFlow) -> None:
@@ -283,8 +285,16 @@ def _spread(count: int, limit: int) -> Tensor:
     return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
 
 
-def _batched(call: Callable, z: Tensor, y: Tensor | None, size: int) -> Tensor:
-    return torch.cat([call(z[rows], None if y is None else y[rows]) for rows in _parts(len(z), size)])
+def _batched(call: Callable, model: TarFlow | BiFlow, z: Tensor, y: Tensor | None, size: int) -> Tensor:
+    """call(z, y) in parts on the model's device; the result is on that of z."""
+    parts, device = [], _device(model)
+    for rows in _parts(len(z), size):
+        parts.append(call(z[rows].to(device), None if y is None else y[rows].to(device)).to(z.device))
+    return torch.cat(parts)
+
+
+def _device(model: TarFlow | BiFlow) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _parts(n: int, size: int) -> list[slice]:

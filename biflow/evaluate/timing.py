@@ -1,7 +1,7 @@
 """Time per image of each way from noise to clean images, all doing the same job."""
 
+import functools
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from biflow.evaluate.eager import eager_decode
 from biflow.evaluate.metrics import check_pair
 from biflow.models import BiFlow, TarFlow
+from biflow.models.layers import device_clock
 
 
 def time_decoders(
@@ -43,19 +44,20 @@ def time_decoders(
     c = flow.config
     guidance = guidance if c.num_classes else 0.0
     generator = torch.Generator().manual_seed(seed)
-    rows = []
+    device, rows = flow.var.device, []
+    clock = functools.partial(_clock, device_clock(device))
     for batch in batches:
-        z = torch.randn(batch, c.tokens, c.channels, generator=generator)
-        y = torch.arange(batch) % c.num_classes if c.num_classes else None
+        z = torch.randn(batch, c.tokens, c.channels, generator=generator).to(device)
+        y = torch.arange(batch, device=device) % c.num_classes if c.num_classes else None
         own_y = y if rev.config.num_classes else None
         ways = {
-            "learned": lambda z=z, y=own_y: _clock(
+            "learned": lambda z=z, y=own_y: clock(
                 lambda: rev.decode(z, y, guidance=guidance if rev.config.num_classes else 0.0)
             ),
-            "exact_eager": lambda z=z, y=y: _clock(
+            "exact_eager": lambda z=z, y=y: clock(
                 lambda: eager_decode(flow, z, y, guidance=guidance), _denoiser(flow, y)
             ),
-            "exact_op": lambda z=z, y=y: _clock(lambda: flow.decode(z, y, guidance=guidance), _denoiser(flow, y)),
+            "exact_op": lambda z=z, y=y: clock(lambda: flow.decode(z, y, guidance=guidance), _denoiser(flow, y)),
         }
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for repetition in range(repetitions + 1):
@@ -82,11 +84,11 @@ def _denoiser(flow: TarFlow, y: Tensor | None) -> Callable | None:
     return (lambda x: flow.denoise(x, y)) if flow.config.noise_std > 0 else None
 
 
-def _clock(decode: Callable, after: Callable | None = None) -> tuple[float, float]:
+def _clock(now: Callable[[], float], decode: Callable, after: Callable | None = None) -> tuple[float, float]:
     """Seconds of the decode, and of all."""
-    start = time.perf_counter()
+    start = now()
     x = decode()
-    middle = time.perf_counter()
+    middle = now()
     if after is not None:
         after(x)
-    return middle - start, time.perf_counter() - start
+    return middle - start, now() - start

@@ -18,8 +18,6 @@ from biflow.ops._checks import check_device
 from biflow.ops._weights import weights_key
 from biflow.solvers import Condition
 
-_FREEZING = threading.Lock()
-
 
 class Block(nn.Module):
     """One flow block: a causal transformer that writes the affine parameters of each token from the tokens before it.
@@ -54,12 +52,7 @@ class Block(nn.Module):
         self.proj_out = nn.Linear(c.width, c.channels if c.shift_only else 2 * c.channels)
         nn.init.zeros_(self.proj_out.weight)  # the flow starts as the identity
         nn.init.zeros_(self.proj_out.bias)
-        self._packed: dict[str, ops.BlockWeights] = {}  # by precision, of the weights whose key is
-        self._packed_key: int | None = None
-        self._frozen = 0  # how many times, by whichever thread
-        self._looked = False  # whether they have been looked at since
-        self._period = 0  # counts what `frozen` opened
-        self._iterates, self._sequential = Iterates(), Sequential()  # on a GPU
+        self._forget()
 
     @property
     def causal(self) -> bool:
@@ -171,9 +164,11 @@ class Block(nn.Module):
         if self.proj_in.weight.is_cuda:  # in a graph of the caller's: it packs them each time
             weights = self.weights()
             return tuple(ops.pack_block(weights, self.config, p) for p in precisions)
-        packed = self._packed  # replaced, never emptied: another thread may be reading it
-        if not (self._looked and all(p in packed for p in precisions)):
-            check_device("decode: weights", self.proj_in.weight)
+        _, packed, looked = self._packs
+        if looked and all(p in packed for p in precisions):
+            return tuple(packed[p] for p in precisions)
+        check_device("decode: weights", self.proj_in.weight)
+        with self._packing:  # what is stored belongs to the key beside it, and to the `frozen` it was looked at in
             # one walk over the modules: parameters() and buffers() would be two, on the path of every decode
             modules: list[nn.Module] = [self]
             tensors: list[Tensor] = []
@@ -181,29 +176,29 @@ class Block(nn.Module):
                 modules += [m for m in module._modules.values() if m is not None]
                 tensors += [*module._parameters.values(), *module._buffers.values()]
             key = weights_key([t for t in tensors if t is not None])
-            packed = dict(packed) if key == self._packed_key else {}
+            packed = dict(self._packs[1]) if key == self._packs[0] else {}
             missing = [p for p in precisions if p not in packed]
             if missing:
                 weights = self.weights()
                 packed |= {p: ops.pack_block(weights, self.config, p) for p in missing}
-            self._packed, self._packed_key, self._looked = packed, key, self._frozen > 0
+            self._packs = key, packed, self._frozen > 0
         return tuple(packed[p] for p in precisions)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, the weights must not change: they are looked at once, not on every call."""
-        with _FREEZING:
-            if self._frozen == 0:
-                self._looked = False  # what changed since the last call is seen
-                self._period += 1
-            self._frozen += 1
+        self._freeze(1)  # what changed since the last call is seen
         try:
             yield
         finally:
-            with _FREEZING:
-                self._frozen -= 1
-                if self._frozen == 0:
-                    self._looked = False
+            self._freeze(-1)
+
+    def _freeze(self, step: int) -> None:
+        with self._packing:
+            if 0 in (self._frozen, self._frozen + step):
+                self._packs = *self._packs[:2], False
+                self._period += 1
+            self._frozen += step
 
     @property
     def _open_period(self) -> int | None:
@@ -268,11 +263,24 @@ class Block(nn.Module):
         return BlockIterate(weights, draft[0] if draft else None, z, given)
 
     def _apply(self, fn, recurse=True):  # .to(), .cuda(), .double(): do not keep the old weights alive
-        self._packed, self._packed_key, self._looked = {}, None, False
+        with self._packing:
+            self._packs = None, {}, False
         self._iterates.forget()
         self._sequential.forget()
         return super()._apply(fn, recurse)
 
-    def __getstate__(self):  # packed weights and iterations are caches: not copied, not saved
-        caches = {"_packed": {}, "_packed_key": None, "_frozen": 0, "_looked": False}
-        return {**self.__dict__, **caches, "_iterates": Iterates(), "_sequential": Sequential()}
+    def _forget(self) -> None:
+        # the key of the packed weights, these by precision, and whether they need no look: always replaced together
+        self._packs: tuple[int | None, dict[str, ops.BlockWeights], bool] = (None, {}, False)
+        self._iterates, self._sequential = Iterates(), Sequential()  # on a GPU
+        self._frozen = 0  # how many times, by whichever thread
+        self._period = 0  # counts when `frozen` was opened and closed
+        self._packing = threading.RLock()
+
+    def __getstate__(self):  # caches: not copied, not saved
+        own = ("_packs", "_iterates", "_sequential", "_frozen", "_period", "_packing")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._forget()

@@ -96,9 +96,8 @@ class Workspace:
 
     def reclaim(self) -> None:
         """Free the memory of all states that no iteration uses."""
-        self.recorder.wait()
         for user in self.users:
-            user.drop_unused()
+            user.keep(self, [s for s in user.states if s.caches.taken])
         torch.cuda.empty_cache()
 
 
@@ -118,8 +117,8 @@ class State:
 
     def __init__(self, name: tuple, weights: tuple[ops.BlockWeights, ...], z: Tensor, given, caches: Caches):
         self.name, self.weights, self.caches = name, weights, caches
-        self.z, self.x = torch.empty(z.shape, device=z.device), torch.empty(z.shape, device=z.device)
-        self.moved = torch.empty(2, z.shape[0], device=z.device)
+        self.z, self.x = z.new_empty(z.shape), z.new_empty(z.shape)
+        self.moved = z.new_empty(2, z.shape[0])
         self.passes = [BlockPass(w, given, z.shape[0], cache) for w, cache in zip(weights, caches.tensors, strict=True)]
         self.graphs: dict[tuple, CudaGraph] = {}
         self._affine = _affine_options(weights[0].config)
@@ -130,9 +129,9 @@ class State:
         for run in self.passes:
             run.fill(given)
 
-    def reads(self, weights: tuple[ops.BlockWeights, ...]) -> bool:
-        """Whether these are the weights that its graphs read."""
-        return all(own is given for own, given in zip(self.weights, weights, strict=True))
+    def reads(self, weights: ops.BlockWeights) -> bool:
+        """Whether its graphs do."""
+        return any(own is weights for own in self.weights)
 
     def prefill(self, k: int) -> None:
         self.passes[k].prefill()
@@ -211,16 +210,19 @@ class Iterates:
     """
 
     _weights: dict[str, _Weights] = field(default_factory=dict)
-    _states: list[State] = field(default_factory=list)  # the one used longest ago first
+    states: list[State] = field(default_factory=list)  # the one used longest ago first
 
     def forget(self) -> None:
         """Drop every copy of the weights, and every state that no iteration uses."""
         for device in {w.own.device for w in self._weights.values()}:
-            workspace(device).recorder.wait()
-        self._weights, self._states = {}, []
+            self.keep(workspace(device), [])
+        self._weights = {}
 
-    def drop_unused(self) -> None:
-        self._states = [s for s in self._states if s.caches.taken]
+    def keep(self, space: Workspace, states: list[State]) -> None:
+        """Drop the other states, whose memory may go when what is on its way to the GPU is done."""
+        if len(states) < len(self.states):
+            space.recorder.wait()
+        self.states = states
 
     def start(self, block: "Block", z: Tensor, precisions: tuple[str, ...], options: dict, period: int | None):
         """A `GraphIterate` towards the inverse of z, with drafts if there are two precisions.
@@ -230,7 +232,7 @@ class Iterates:
         """
         space, batch = workspace(z.device), z.shape[0]
         with torch.inference_mode(False), torch.no_grad(), space.lock, space.recorder.turn(z.device):
-            weights = tuple(self._current(block, precision, period) for precision in precisions)
+            weights = tuple(self._current(space, block, precision, period) for precision in precisions)
             table = block.class_embed
             live = replace(weights[0], class_embed=table, class_mean=None if table is None else table.mean(0))
             check_block_call("z", z, live, block.config, **options)
@@ -248,13 +250,15 @@ class Iterates:
             iterate.prefill()
         return iterate
 
-    def _current(self, block: "Block", precision: str, period: int | None) -> ops.BlockWeights:
+    def _current(self, space: Workspace, block: "Block", precision: str, period: int | None) -> ops.BlockWeights:
         kept = self._weights.get(precision)
         if kept is not None and period is not None and kept.period == period:
             return kept.own
         tensors, c = block.weights(), block.config
         places = places_of(t for name, t in tensors.items() if name != "class_embed")  # no graph reads that
         if kept is None or kept.places != places:
+            if kept is not None:
+                self.keep(space, [s for s in self.states if not s.reads(kept.own)])
             plain = plain_weights(tensors, c, precision)
             kept = self._weights[precision] = _Weights(block_weights(tensors, c, precision, None, plain), places)
         else:
@@ -267,10 +271,9 @@ class Iterates:
     def _state(self, space: Workspace, name: tuple, weights: tuple, z: Tensor, given) -> State:
         """One of that name whose caches are free, taken."""
         space.users.add(self)
-        self._states = [s for s in self._states if s.name != name or s.reads(weights)]
-        state = next((s for s in self._states if s.name == name and not s.caches.taken), None)
+        state = next((s for s in self.states if s.name == name and not s.caches.taken), None)
         if state is not None:
-            self._states.remove(state)
+            self.states.remove(state)
             state.caches.taken = True
         else:
             make = functools.partial(_make_state, space, name, weights, z, given)
@@ -281,7 +284,8 @@ class Iterates:
             if state is None:
                 space.reclaim()
                 state = make()
-        self._states = [*self._states, state][-MAX_STATES:]
+        self.states.append(state)
+        self.keep(space, self.states[-MAX_STATES:])
         return state
 
 

@@ -5,6 +5,8 @@ import functools
 import math
 import numbers
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -217,6 +219,18 @@ def device_name(device: torch.device) -> str:
         lines = []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def device_clock(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """`clock`, read when the device has done all that it was given: a call to a GPU returns before its work is done."""
+    if device.type != "cuda":
+        return clock
+
+    def read() -> float:
+        torch.cuda.synchronize(device)
+        return clock()
+
+    return read
 
 
 # --- checks at the models' entry points. Those of values wait for the GPU: they are skipped while a graph is recorded.

@@ -214,7 +214,7 @@ class BiFlow(PassModule):
         with torch.autocast(weight.device.type, enabled=False):  # precision says what is computed, not the surroundings
             check_floats("z", z, (None, c.tokens, c.channels), weight)
             check_labels(y, c.num_classes, z.shape[0], weight.device)
-            guidance = check_number("guidance", guidance, minimum=0)
+            guidance = check_number("guidance", guidance, minimum=0, single=True)
             if guidance > 0 and not c.num_classes:
                 raise ValueError(f"guidance: expected 0 for a model without classes, got {guidance:g}")
             if c.max_guidance and guidance > c.max_guidance:
@@ -255,7 +255,7 @@ class BiFlow(PassModule):
         c = self.config
         n = check_count("n", n)
         check_generator(generator)
-        temperature = check_number("temperature", temperature, minimum=0)
+        temperature = check_number("temperature", temperature, minimum=0, single=True)
         own = self.proj_in.weight.device
         device = own if generator is None else generator.device
         z = torch.randn(n, c.tokens, c.channels, generator=generator, device=device, dtype=torch.float32).to(own)

@@ -321,6 +321,7 @@ class TarFlow(PassModule):
                 x.device.type,
                 x.shape[0],
                 condition,
+                tol,
                 name=lambda: device_name(x.device),
                 threads=torch.get_num_threads(),
             )
@@ -350,8 +351,9 @@ class TarFlow(PassModule):
         temperature: float = 1.0,
         denoise: bool | None = None,
         generator: torch.Generator | None = None,
+        return_info: bool = False,
         **decode_options,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, solvers.DecodeInfo]:
         """Draw n images: z ~ N(0, temperature^2), decode, and remove the training noise by one score step.
 
         Args:
@@ -360,26 +362,29 @@ class TarFlow(PassModule):
             temperature: standard deviation of z.
             denoise: x + noise_std^2 grad log p(x | y) (arXiv 2412.06329, section 3.4). None: iff noise_std > 0.
             generator: source of randomness; z is drawn on its device, or on the model's.
+            return_info: also return what `decode` says of itself, from z to the images before the score step.
             decode_options: passed to `decode`.
 
         Returns:
-            (n,C,H,W) fp32, about [-1, 1], not clamped. Works under torch.no_grad() and torch.inference_mode().
+            (n,C,H,W) fp32, about [-1, 1], not clamped; with return_info (images, info). Works under torch.no_grad() and
+            torch.inference_mode().
         """
         c = self.config
         n = check_count("n", n)
         check_generator(generator)
-        temperature = check_number("temperature", temperature, minimum=0)
+        temperature = check_number("temperature", temperature, minimum=0, single=True)
         if denoise is not None and not isinstance(denoise, bool):
             raise TypeError(f"denoise: expected True, False or None, got {type(denoise).__name__} {denoise!r}")
-        if decode_options.get("return_info"):
-            raise ValueError("return_info: expected with decode, not with sample")
         denoise = c.noise_std > 0 if denoise is None else denoise
         if denoise and c.noise_std == 0:
             raise ValueError("denoise: expected a model with noise_std > 0, got noise_std = 0")
         device = self.var.device if generator is None else generator.device
         z = torch.randn(n, c.tokens, c.channels, generator=generator, device=device, dtype=torch.float32)
-        x = self.decode(temperature * z.to(self.var.device), y, context, **decode_options)
-        return self._denoise(x, y, context) if denoise else x
+        z = temperature * z.to(self.var.device)
+        x = self.decode(z, y, context, return_info=return_info, **decode_options)
+        x, *info = x if return_info else (x,)
+        x = self._denoise(x, y, context) if denoise else x
+        return (x, *info) if return_info else x
 
     def denoise(self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """x + noise_std^2 grad_x log p(x | y), (B,C,H,W): the clean data's posterior mean under the model (Tweedie).

@@ -12,6 +12,8 @@ LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
 SCALES = ("exp", "softplus", "sigmoid")
 CLIPS = ("hard", "tanh")
 CLIP_ON = ("both", "scale")
+# Kernels of fp32 take numbers as fp32: from OVERFLOWS on that is infinite, up to VANISHES it is 0.
+OVERFLOWS, VANISHES = 2.0**128 - 2.0**103, 2.0**-150
 # device types that this build has kernels for: the CUDA kernels are built together, where nvcc is
 DEVICES = tuple(
     kind
@@ -114,12 +116,19 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_number(name: str, value: object, *, above: float = -math.inf, minimum: float = -math.inf) -> float:
+    """A number that is finite, and more than `above` and at least `minimum`, as fp32 too."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if not (above < value < math.inf and value >= minimum):
+    good = above < value < math.inf and value >= minimum
+    if not (good and fits_float32(value, positive=above == 0)):
         bound = f">= {minimum:g}" if minimum > -math.inf else f"> {above:g}"
-        raise ValueError(f"{name}: expected a finite number {bound}, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number {bound}{' as float32' if good else ''}, got {value!r}")
     return float(value)
+
+
+def fits_float32(value: float, *, positive: bool) -> bool:
+    """Whether a finite number is finite as fp32 and, if it has to be positive, not 0."""
+    return abs(value) < OVERFLOWS and not (positive and value <= VANISHES)
 
 
 def check_window(start: object, stop: object, tokens: int) -> None:
@@ -138,6 +147,7 @@ def check_clip(clip: object) -> tuple[str, float] | None:
     if not isinstance(clip, (tuple, list)) or len(clip) != 2 or clip[0] not in CLIPS:
         raise ValueError(f'clip: expected None, ("hard", c) or ("tanh", c), got {clip!r}')
     kind, c = clip
-    if isinstance(c, bool) or not isinstance(c, numbers.Real) or not 0 < c < math.inf:
-        raise ValueError(f"clip: expected a finite c > 0, got {c!r}")
+    good = not isinstance(c, bool) and isinstance(c, numbers.Real) and 0 < c < math.inf
+    if not (good and fits_float32(c, positive=True)):
+        raise ValueError(f"clip: expected a finite c > 0{' as float32' if good else ''}, got {c!r}")
     return kind, float(c)

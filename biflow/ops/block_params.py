@@ -99,7 +99,7 @@ class BlockWindows:
         shape = (batch, config.tokens, config.channels)
         if not isinstance(weights, BlockWeights):
             raise TypeError(f"weights: expected the result of pack_block, got {type(weights).__name__}")
-        x = torch.empty(1, device=weights.device).expand(shape)
+        x = torch.empty(1, dtype=torch.float32, device=weights.device).expand(shape)
         check_block_call("x", x, weights, config, y, context, null_context, guidance, guide, anneal, attn_temp)
         self.config = config
         self._weights = weights

@@ -38,7 +38,7 @@ def check_options(solver: str, window: int | None, tol: float) -> Method | None:
     """The method that was asked for, None for "auto". TypeError or ValueError on options that do not fit."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
-    check_number("tol", tol, above=0)
+    check_number("tol", tol, above=0, single=True)
     if solver == "auto":
         if window is not None:
             raise ValueError(f"window: expected None with solver='auto', which chooses the windows; got {window!r}")

@@ -20,8 +20,9 @@ from biflow.solvers.protocol import TOL_FLOORS, Condition, InvertibleBlock, Iter
 # first pass on. In the others a pass settles little more than one more token: there is nothing to wait for.
 MAX_PASSES = 32
 # A pass over W tokens costs at most the arithmetic of W token steps, that is, one sequential decode of the window. Past
-# this many passes a sample stays only if at its present rate it would converge within MAX_PASSES. So a block that is
-# too strongly coupled costs PATIENCE + 1 times its sequential decode at most, its drafts, and that decode; not W times.
+# this many passes a sample stays only if at its present rate it would converge within MAX_PASSES: one whose error does
+# not shrink is given up after PATIENCE + 1 passes; one that looks as if it would and then does not runs to the cap. So
+# a fallback costs at most MAX_DRAFTS drafts and MAX_PASSES passes of each window, and the sequential decode.
 PATIENCE = 6
 # A sample whose update is a few roundings rests: its residual is then the rounding of (x - b) / sigma, which no pass
 # makes smaller, and which a small sigma makes large.

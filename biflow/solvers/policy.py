@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from biflow.config import check_fields, check_number, from_mapping, to_mapping
-from biflow.solvers.protocol import SOLVERS, TOL_FLOORS, Condition
+from biflow.solvers.protocol import SOLVERS, TOL, TOL_FLOORS, Condition, effective_tol
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Entry:
     device, name: type ("cpu") and name of the device; threads: of torch, at the time.
     precision, batch, guidance: of the decode; guidance 0 means none.
     blocks: the fastest method of each block in encode order.
+    tol: that the iterative methods met; files that do not say have the default of decode.
     """
 
     device: str
@@ -63,6 +64,7 @@ class Entry:
     batch: int
     guidance: float
     blocks: tuple[Measurement, ...]
+    tol: float = TOL
 
     def __post_init__(self):
         check_fields(self)
@@ -74,13 +76,23 @@ class Entry:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         check_number("guidance", self.guidance, minimum=0)
+        check_number("tol", self.tol, above=0, single=True)
         if not self.blocks:
             raise ValueError("blocks: expected a method for each block, got none")
 
     @property
-    def situation(self) -> tuple[str, str, int, float]:
+    def situation(self) -> tuple[str, str, int, str, int, float]:
         """What entries are told apart by; the newest measurement of a situation replaces the one before."""
-        return self.device, self.precision, self.batch, self.guidance
+        return self.device, self.name, self.threads, self.precision, self.batch, self.guidance
+
+    def within(self, tol: float) -> tuple[Method, ...]:
+        """The methods for a decode to `tol`: iterative ones need not meet a tighter one than they were measured with.
+
+        Where they would have to, their passes are not known, and may end in a fallback: those blocks are sequential.
+        """
+        if effective_tol(tol, self.precision) >= effective_tol(self.tol, self.precision):
+            return self.blocks
+        return (Method("sequential"),) * len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -133,19 +145,22 @@ class Policy:
     ) -> Entry | None:
         """The entry measured in the most similar situation; None without one of this device type and precision.
 
-        First of the device of that name, then with guidance for guided decodes and without for others, of the nearest
-        batch by |log2 ratio|, the smaller of two, of the nearest guidance, the smaller of two, and of as many threads.
-        What remains equal follows the entries' order.
+        First of the device of that name, then of as many threads, then with guidance for guided decodes and without for
+        others, of the nearest batch by |log2 ratio|, the smaller of two, of the nearest guidance, the smaller of two,
+        and last of the nearest number of threads, likewise. What remains equal follows the entries' order.
         """
 
+        def apart(a: int, b: int) -> float:
+            return max(a, b, 1) / max(min(a, b), 1)
+
         def distance(entry: Entry) -> tuple:
-            larger, smaller = max(entry.batch, batch, 1), min(entry.batch, max(batch, 1))
             return (
                 entry.name != name,
-                (entry.guidance > 0) != (guidance > 0),
-                larger / smaller, entry.batch,
-                abs(entry.guidance - guidance), entry.guidance,
                 entry.threads != threads,
+                (entry.guidance > 0) != (guidance > 0),
+                apart(entry.batch, batch), entry.batch,
+                abs(entry.guidance - guidance), entry.guidance,
+                apart(entry.threads, threads), entry.threads,
             )  # fmt: skip
 
         able = [entry for entry in self.entries if (entry.device, entry.precision) == (device, precision)]
@@ -159,6 +174,7 @@ def methods(
     device: str,
     batch: int,
     condition: Condition,
+    tol: float,
     *,
     name: Callable[[], str] = str,
     threads: int = 0,
@@ -166,8 +182,8 @@ def methods(
     """The method of each block, in encode order: the one `asked` for, or (None) that of the policy.
 
     Without a policy, or without an entry in it for this device and precision, every block is decoded sequentially:
-    the one solver that ignores tol and whose time does not depend on the values. name, threads: of the device that
-    decodes; entries that were measured with them are preferred.
+    the one solver that ignores tol and whose time does not depend on the values. So it is where tol is tighter than the
+    entry's. name, threads: of the device that decodes; entries that were measured with them are preferred.
     """
     if asked is not None:
         return (asked,) * num_blocks
@@ -178,4 +194,4 @@ def methods(
         entry = policy.fitting(num_blocks).choose(
             device, condition.precision, batch, condition.guidance.scale, name=name(), threads=threads
         )
-    return (Method("sequential"),) * num_blocks if entry is None else entry.blocks
+    return (Method("sequential"),) * num_blocks if entry is None else entry.within(tol)

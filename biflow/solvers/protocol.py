@@ -11,6 +11,7 @@ from biflow.config import check_fields, check_number
 
 SOLVERS = ("sequential", "jacobi", "windowed", "auto")
 PRECISIONS = ("fp32", "bf16")
+TOL = 1e-5  # of a decode, unless told otherwise
 WINDOW = 16  # tokens a window, unless told otherwise: the fewest for which the pass that confirms a window is no waste
 # The least tolerance that each precision can meet. Passes in bf16 never come to rest: a change of x far below the
 # spacing of bf16 moves some roundings, and those move x by 2e-3 to 4e-3 (docs/measured.md).
@@ -32,11 +33,11 @@ class Guidance:
     attn_temp: float = 1.0
 
     def __post_init__(self):
-        check_number("guidance", self.scale, minimum=0)  # the name it has in decode
+        check_number("guidance", self.scale, minimum=0, single=True)  # the name it has in decode
         check_fields(self)
         if self.guide not in ("a", "b", "ab"):
             raise ValueError(f"guide: expected 'a', 'b' or 'ab', got {self.guide!r}")
-        check_number("attn_temp", self.attn_temp, above=0)
+        check_number("attn_temp", self.attn_temp, above=0, single=True)
 
 
 @dataclass(frozen=True)

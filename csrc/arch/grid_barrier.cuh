@@ -21,6 +21,7 @@ template <bool kFlag>
 BIFLOW_DEVICE void grid_barrier(GridBarrier* barrier, uint32_t number) {
   constexpr uint32_t kShards = GridBarrier::kShards, kLine = GridBarrier::kLine;
   const auto behind = [](uint32_t have, uint32_t wanted) { return static_cast<int32_t>(have - wanted) < 0; };
+  uint32_t turn = 0;
   __syncthreads();  // the writes of this block come before the fence
   if (threadIdx.x == 0) {
     release_fence();
@@ -29,8 +30,7 @@ BIFLOW_DEVICE void grid_barrier(GridBarrier* barrier, uint32_t number) {
   if (!kFlag || blockIdx.x == 0) {
     if (threadIdx.x < kShards) {
       const uint32_t members = (gridDim.x + kShards - 1 - threadIdx.x) / kShards;
-      for (uint32_t turn = 0; behind(load_relaxed(&barrier->arrived[threadIdx.x * kLine]), number * members);)
-        spin(++turn);
+      while (behind(load_relaxed(&barrier->arrived[threadIdx.x * kLine]), number * members)) spin(++turn);
       acquire_fence();
     }
     if (kFlag) {
@@ -41,7 +41,7 @@ BIFLOW_DEVICE void grid_barrier(GridBarrier* barrier, uint32_t number) {
       }
     }
   } else if (threadIdx.x == 0) {
-    for (uint32_t turn = 0; behind(load_relaxed(barrier->released), number);) spin(++turn);
+    while (behind(load_relaxed(barrier->released), number)) spin(++turn);
     acquire_fence();
   }
   __syncthreads();  // the block goes on when its watching threads have seen the others

@@ -52,7 +52,7 @@ SYNCHRONISATION = {
     "wait for one group less": (r"(cp_async_wait<)([^>]*)(>)", r"\g<1>(\g<2>) + 1\g<3>"),
     "drop cp_async_commit": (r"arch::cp_async_commit\(\);", ";"),
     "drop a barrier of the grid": (r"arch::grid_(sync|barrier)(<[^>]*>)?\([^()]*\);", ";"),
-    "do not wait": (r"while \(.*spin\(\);", ";"),
+    "do not wait": (r"while \(.*spin\([^()]*\);", ";"),
 }
 OPERATORS = SYNCHRONISATION | {
     "< to <=": (r" < ", " <= "),

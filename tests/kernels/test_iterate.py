@@ -82,7 +82,7 @@ def test_it_converges_to_what_the_cpu_decodes(name, shape):
                         x, converged, _ = fixed_point(own, there(z), condition, window, tol)
                         assert converged.all()
                         assert (x.cpu() - want).abs().max() <= far
-    assert [len(b._iterates._states) for b in flow_there.blocks] == [4] * 2
+    assert [len(b._iterates.states) for b in flow_there.blocks] == [4] * 2
 
 
 @torch.no_grad()
@@ -153,4 +153,4 @@ def test_no_memory_grows():
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
     flow.cpu()
-    assert all(b._iterates._states == [] for b in flow.blocks)
+    assert all(b._iterates.states == [] for b in flow.blocks)
