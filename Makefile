@@ -53,11 +53,12 @@ emulator: $(BUILT)
 emulator-test: emulator
 	$(BIN)/python -m pytest tests/kernels
 
-# MUTANTS: how many are drawn (60); SURVIVORS: how many of them may survive (0)
+# MUTANTS: how many are drawn (60); SURVIVORS: how many of them may survive (0); SEED: which are drawn (1)
 mutants: emulator
-	$(BIN)/python -m tests.emulator.mutants $(if $(MUTANTS),--count $(MUTANTS)) $(if $(SURVIVORS),--survivors $(SURVIVORS))
+	$(BIN)/python -m tests.emulator.mutants $(if $(MUTANTS),--count $(MUTANTS)) $(if $(SURVIVORS),--survivors $(SURVIVORS)) \
+	  $(if $(SEED),--seed $(SEED))
 
-# Registers, shared memory and instructions of every CUDA kernel.
+# Registers, shared memory and instructions of every CUDA kernel, Triton's too.
 cuda-table: $(BUILT)
 	$(BIN)/python -m tests.cuda_binary
 

@@ -1,15 +1,18 @@
 """What nvcc made of the kernels: registers, stack, shared memory and instructions of each, read off libbiflow.so.
 
-    python -m tests.cuda_binary        prints a table
+    python -m tests.cuda_binary        prints a table, Triton's kernels too
 
 Spilled registers live in the stack frame, so a kernel without one has no spills.
 """
 
 import collections
+import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,8 +97,25 @@ def table(found: list[Kernel]) -> list[str]:
     return lines
 
 
+def triton_kernels() -> list[Kernel]:
+    """Those that tests/kernels/test_triton.py compiles, named by what it compiles them for."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    sys.path.append(str(Path(__file__).parent))  # as pytest does
+    cases = importlib.import_module("kernels.test_triton")
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (stem, call, _) in cases.COMPILED.items():
+            for architecture in (80, 90):
+                for kernel in cases.compiled(stem, call, architecture, Path(folder)):
+                    kernel.name, kernel.architecture = f"{kernel.name} of {name}", f"sm_{architecture}"
+                    found.append(kernel)
+    return found
+
+
 if __name__ == "__main__":
     disassembler = cuobjdump()
     if disassembler is None:
         raise SystemExit("expected cuobjdump on the PATH, or: pip install nvidia-cuda-cuobjdump")
     print("\n".join(table(kernels(disassembler))))
+    print("\n".join(table(triton_kernels())))

@@ -35,6 +35,16 @@ def test_options_and_positions():
     np.testing.assert_array_equal(got, ops.attention(*map(torch.tensor, (q, k, v)), causal=True).numpy())
 
 
+def test_tuples_of_arrays_and_masks():
+    qkv, cos, sin, weight = arrays((2, 6, 24), (5, 2), (5, 2), (4,))
+    mask = np.arange(12).reshape(2, 6) % 5 != 1
+    options = {"q_norm": weight, "k_norm": weight, "mask": mask, "rope": (cos, sin)}
+    got = ops.attention_qkv(qkv, heads=2, prefix=1, **options)
+    assert isinstance(got, np.ndarray)
+    same = torch.utils._pytree.tree_map(torch.tensor, options)
+    np.testing.assert_array_equal(got, ops.attention_qkv(torch.tensor(qkv), heads=2, prefix=1, **same).numpy())
+
+
 def test_buffers_are_written_in_place():
     x, z, raw = arrays((2, 4, 3), (2, 4, 3), (2, 4, 6))
     moved = np.zeros((2, 2), dtype=np.float32)

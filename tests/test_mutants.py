@@ -1,7 +1,8 @@
-"""The tool that plants defects in CUDA kernels: what it changes, and that it tells a killed mutant from others."""
+"""The tool that plants defects in the GPU kernels: what it changes, and that it tells a killed mutant from others."""
 
 import difflib
 import re
+import sys
 
 import pytest
 from emulator import mutants
@@ -23,8 +24,10 @@ def test_a_mutant_is_one_changed_line():
 def test_only_code_changes():
     """Comments, strings, directives and the heads of templates stay."""
     for mutant in MUTANTS:
-        assert not mutant.before.lstrip().startswith(("//", "#", "template <", "static_assert"))
-        comment = mutant.before.find("//")
+        python = mutant.file.endswith(".py")
+        heads = ("#", "@", "import ", "from ", "def ") if python else ("//", "#", "template <", "static_assert")
+        assert not mutant.before.lstrip().startswith(heads)
+        comment = mutant.before.find("  # " if python else "//")
         assert comment < 0 or mutant.after.endswith(mutant.before[comment:])
 
 
@@ -36,6 +39,26 @@ def test_every_synchronisation_is_taken_away():
             if re.search(r"^[^/]*(__syncthreads\(\)|__syncwarp\(|_fence\(\)|cp_async_(wait|commit))", line):
                 lines.add((file, number))
     assert lines <= dropped
+
+
+def test_every_kernel_has_mutants():
+    files = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu*")} - set(mutants.UNTESTED)
+    files |= {f"biflow/ops/_triton/{p.name}" for p in (ROOT / "biflow/ops/_triton").glob("[a-z]*.py")}
+    assert files <= {m.file for m in MUTANTS}
+    assert all(mutants.tests_of(stem) for stem in (f.split("/")[-1].split(".")[0] for f in files if f.endswith(".cu")))
+
+
+def test_tests_are_found_by_name():
+    assert mutants.tests_of("affine") == ["tests/kernels/test_affine.py"]
+    assert mutants.tests_of("affine_of_another_kind") == ["tests/kernels/test_affine.py"]
+    assert mutants.tests_of("nothing_like_it") == []
+
+
+def test_what_stands_in_launch_bounds_alone_stays():
+    assert "kBlocks" in mutants.for_the_compiler_alone()
+    assert "kAffineThreads" not in mutants.for_the_compiler_alone()
+    assert not any("kBlocks =" in m.before for m in MUTANTS)
+    assert any("kAffineThreads =" in m.before for m in MUTANTS)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +74,16 @@ def test_every_synchronisation_is_taken_away():
         ("index plus 1", "sum += v[i];", "sum += v[i + 1];"),
         ("no negation", "return f(-x);", "return f(x);"),
         ("drop a fence", "if (t == 0) arch::release_fence();", "if (t == 0) ;"),
+        ("if to never", "    if LAYERNORM:", "    if False and LAYERNORM:"),
+        ("no mask", "x = tl.load(p, inside, 0.0)", "x = tl.load(p, inside | True, 0.0)"),
+        ("sum to max", "s = tl.sum(x, 1)", "s = tl.max(x, 1)"),
+        ("not None to None", "if bias is not None:", "if bias is None:"),
+        ("% to //", "row % inner", "row // inner"),
     ],
 )
 def test_operator(operator, before, after):
-    pattern, replacement = mutants.OPERATORS[operator]
+    triton = operator in mutants.TRITON and (operator not in mutants.OPERATORS or before.endswith(":"))
+    pattern, replacement = (mutants.TRITON if triton else mutants.OPERATORS)[operator]
     assert re.sub(pattern, replacement, before, count=1) == after
 
 
@@ -63,6 +92,13 @@ def test_drawing_takes_the_operators_in_turn():
     assert len(drawn) == 30
     assert len({m.operator for m in drawn}) > 20
     assert drawn == mutants.draw(MUTANTS, 30, seed=3) != mutants.draw(MUTANTS, 30, seed=4)
+    assert drawn == mutants.draw(MUTANTS, 60, seed=3)[:30]
+
+
+def test_a_mutant_that_leaves_the_list_moves_no_other():
+    drawn = mutants.draw(MUTANTS, 60, seed=3)
+    again = mutants.draw([m for m in MUTANTS if m != drawn[7]], 61, seed=3)
+    assert set(drawn) - set(again) == {drawn[7]}
 
 
 def test_equivalent_mutants_exist():
@@ -70,6 +106,27 @@ def test_equivalent_mutants_exist():
     known = mutants.equivalents()
     assert known.keys() <= {m.key() for m in MUTANTS}
     assert all(len(reason) > 10 for reason in known.values())
+
+
+@pytest.mark.slow
+def test_a_check_may_not_have_all_memory():
+    check = mutants.Check("", (sys.executable, "-c", "b'1' * (8 << 30)"))
+    assert "MemoryError" in check.run(BUILD, 60).stderr
+
+
+@pytest.mark.slow
+def test_a_mutant_of_a_triton_kernel():
+    if not (BUILD / "compile_commands.json").exists():
+        pytest.skip("no build/emulator: run `make emulator`")
+    mutant = next(
+        m for m in mutants.mutants_of("biflow/ops/_triton/gate.py") if m.operator == "exp, rsqrt, erf to their argument"
+    )
+    campaign = mutants.Campaign()
+    (check,) = campaign.checks(mutant.file, "race", "race")
+    campaign.limits[check] = 300
+    result = campaign.run(mutant)
+    assert result["result"] == "killed"
+    assert "interpreted: AssertionError: y: error" in result["by"]
 
 
 @pytest.mark.slow

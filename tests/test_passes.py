@@ -4,7 +4,9 @@ CUDA graph it replays what was recorded, on the memory of then."""
 import contextlib
 import copy
 import functools
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -50,7 +52,7 @@ class Recorder:
         return self.graphs[-1]
 
     def wait(self):
-        assert not self.busy
+        pass
 
 
 def alias(t):
@@ -282,6 +284,36 @@ def test_writes_that_torch_does_not_count(recorder, monkeypatch, change):
     assert torch.equal(after, copy.deepcopy(model).decode(Z, Y, precision="bf16"))
 
 
+def transpose(p):
+    """Another matrix over the same storage."""
+    p.data = p.data.t()
+
+
+@pytest.mark.parametrize("precision", passes.PRECISIONS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_graphs_do_not_outlive_strides(recorder, precision, frozen):
+    model = make_inverse()
+    before = model.decode(Z, Y, precision=precision)
+    transpose(model.groups[0][0].proj.weight)  # square
+    with model.frozen() if frozen else contextlib.nullcontext():
+        after = [model.decode(Z, Y, precision=precision) for _ in range(2)]
+    assert not torch.equal(before, after[0])
+    assert torch.equal(after[0], after[1])
+    assert torch.equal(after[0], copy.deepcopy(model).decode(Z, Y, precision=precision))
+
+
+def test_a_graph_per_precision_of_fp32_products(recorder):
+    """What a graph was recorded with must not outlive torch.set_float32_matmul_precision."""
+    model, matmul = make_inverse(), torch.backends.cuda.matmul
+    try:
+        for precision in ("ieee", "tf32", "ieee", "tf32"):
+            matmul.fp32_precision = precision
+            model.decode(Z, Y)
+    finally:
+        matmul.fp32_precision = "none"
+    assert [g.replays for g in graphs_of(model)] == [2, 2]
+
+
 def fused_step(model):
     """As training does: it does not count as a change of the parameters' version."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
@@ -324,13 +356,74 @@ def test_copies_and_pickles_start_anew():
     assert torch.equal(other.decode(Z, Y, precision="bf16"), model.decode(Z, Y, precision="bf16"))
 
 
+@pytest.mark.parametrize("make", [make_inverse, make_flow])
+def test_a_model_goes_with_its_last_reference(recorder, make):
+    """Its weights and graphs with it: they must not wait for a collection of cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = make()
+        if make is make_inverse:
+            for precision in passes.PRECISIONS:
+                model.decode(Z, Y, precision=precision)
+            gone = [weakref.ref(t) for t in (model.passes._twin, *graphs_of(model))]
+            assert len(gone) == 3
+        else:
+            gone = []
+        gone += [weakref.ref(t) for t in (model, model.passes, *model.parameters())]
+        del model
+        assert [r() for r in gone if r() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_passes_without_their_module():
+    kept = make_inverse().passes
+    with pytest.raises(ReferenceError, match="expected the module"):
+        kept("forward", "bf16", Z, Y, None)
+
+
+def test_another_stream_may_read_the_rounded_weights_that_go(recorder):
+    model, waited = make_inverse(), []
+    model.decode(Z, Y, precision="bf16")
+    old = weakref.ref(model.passes._twin)
+    model.passes._recorder.wait = lambda: waited.append(old() is not None)
+    for p in model.parameters():
+        p.data = p.data.clone()
+    model.decode(Z, Y, precision="bf16")
+    assert waited == [True]
+    assert model.passes._twin is not old()
+
+
 @pytest.mark.parametrize("precision", passes.PRECISIONS)
 def test_compiles_in_one_graph(precision):
     model = make_inverse()
     compiled = torch.compile(lambda z, y: model.decode(z, y, precision=precision), fullgraph=True, backend="aot_eager")
-    expected = model.decode(Z, Y, precision=precision)
-    bound = 0 if precision == "fp32" else 2e-2 * expected.norm()
-    assert (compiled(Z, Y) - expected).norm() <= bound
+    assert_same_pass(compiled(Z, Y), model.decode(Z, Y, precision=precision))
+
+
+def assert_same_pass(got, want):
+    """fp32, and the same bits: the same products are rounded, heads and embeddings are not."""
+    assert got.dtype == want.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("precision", passes.PRECISIONS)
+@pytest.mark.parametrize(("trained", "guidance"), [(0.0, 0.0), (0.0, 1.5), (2.0, 1.5)])
+def test_what_a_graph_of_the_users_records(monkeypatch, precision, trained, guidance):
+    model = make_inverse(max_guidance=trained)
+    want = model.decode(Z, Y, guidance=guidance, precision=precision)
+    monkeypatch.setattr(passes, "recording", lambda: True)
+    assert_same_pass(model.decode(Z, Y, guidance=guidance, precision=precision), want)
+
+
+def test_what_a_graph_of_the_users_records_of_a_density(recorder, monkeypatch):
+    flow, x = make_flow(), torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        wants = flow.passes("forward", "bf16", x, Y, None)
+        monkeypatch.setattr(passes, "recording", lambda: True)
+        for got, want in zip(flow.passes("forward", "bf16", x, Y, None), wants, strict=True):
+            assert_same_pass(got, want)
 
 
 def test_training_goes_on_after_a_pass():
@@ -339,28 +432,6 @@ def test_training_goes_on_after_a_pass():
     model(Z, Y).sum().backward()
     assert all(p.grad is not None for p in model.groups[0].parameters())
     assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-def test_a_pool_ends_with_its_last_graph(monkeypatch):
-    """torch refuses to record into a pool whose graphs have all gone, and wants graphs that share one on one stream."""
-
-    class Graph:
-        def __init__(self, call, inputs, stream, pool):
-            self.given = stream, pool
-
-    handles = iter("abc")
-    monkeypatch.setattr(passes, "CudaGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
-    recorder = passes.CudaRecorder()
-    first = recorder.record(None)
-    second = recorder.record(None)
-    assert first.given == second.given == (first.given[0], "a")
-    stream = first.given[0]
-    del first
-    assert recorder.record(None).given == (stream, "a")
-    del second
-    assert recorder.record(None).given == (stream, "b")
 
 
 def test_density_in_bf16(recorder):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from biflow import ops
 from biflow.models.iterate import BlockIterate, GraphIterate, Iterates
-from biflow.models.layers import Layer, class_rows, recording, rope_tables
+from biflow.models.layers import Layer, class_rows, layers_in, recording, rope_tables
 from biflow.models.passes import graphable
 from biflow.models.sequential import Sequential
 from biflow.ops import BlockConfig
@@ -69,12 +69,19 @@ class Block(nn.Module):
         return self.null_context.expand(batch, 1, -1) if context is None else self.context_proj(context)
 
     def params(
-        self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, attn_temp: float = 1.0
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        attn_temp: float = 1.0,
+        layer_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The parallel pass: x (B,N,D) in block order -> raw parameters (B,N,2D) as the network writes them.
 
         The first N <= T tokens. (B,N,D) if shift_only. context: prefix tokens at width C, from `project_context`. Row n
-        holds the parameters of token n + 1 (shift) or n (start token).
+        holds the parameters of token n + 1 (shift) or n (start token). layer_dtype: what the layers' products are
+        rounded to; None: nothing, but for autocast.
         """
         c, batch, tokens = self.config, x.shape[0], x.shape[1]
         if self.start_token is not None:
@@ -98,8 +105,9 @@ class Block(nn.Module):
         if c.rope:
             rope = tuple((t.flip(0) if c.flip else t)[:tokens] for t in (self.rope_cos, self.rope_sin))
         delta = None
-        for layer in self.layers:
-            h, delta = layer(h, delta, rope, causal=True, prefix=length, attn_temp=attn_temp)
+        with layers_in(layer_dtype, x.device):
+            for layer in self.layers:
+                h, delta = layer(h, delta, rope, causal=True, prefix=length, attn_temp=attn_temp)
         return self.proj_out((h + delta)[:, length:])
 
     def affine(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,9 +121,16 @@ class Block(nn.Module):
         c = self.config
         return {"layout": c.layout, "scale": c.scale, "clip": c.clip, "clip_on": c.clip_on, "causal": self.causal}
 
-    def forward(self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        layer_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """encode: x (B,T,D) in block order -> z (B,T,D), logdet (B,). context as the user gave it."""
-        return self.affine(x, self.params(x, y, self.project_context(context, x.shape[0])))
+        prefix = self.project_context(context, x.shape[0])
+        return self.affine(x, self.params(x, y, prefix, layer_dtype=layer_dtype))
 
     def guided_params(self, x: Tensor, condition: Condition, prefix: Tensor | None) -> Tensor:
         """`params` as a guided decode uses them: raw + w (raw - raw of the unconditional pass) with w by token.

@@ -1,5 +1,6 @@
 """What both transformers share: the layer, its norms and gates, rotary tables, patches, class tables, input checks."""
 
+import contextlib
 import functools
 import math
 import numbers
@@ -103,6 +104,11 @@ class Layer(nn.Module):
         x = self.fc1(x)
         x = ops.gate(x, self.gate)
         return h, self.fc2(x)
+
+
+def layers_in(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
+    """Within, layers multiply in `dtype` whatever their weights' is; None: as they would."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 def input_dtype(linear: nn.Linear) -> torch.dtype:

@@ -27,12 +27,8 @@ class CudaGraph:
     def __init__(self, call: Callable, inputs: tuple[Tensor | None, ...], stream: torch.cuda.Stream, pool: object):
         self.inputs = [None if t is None else t.clone() for t in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        own = torch.cuda.current_stream(stream.device)
-        stream.wait_stream(own)
-        with torch.cuda.stream(stream):  # libraries and Triton set themselves up outside the recording
-            for _ in range(2):
-                call(*self.inputs)
-        own.wait_stream(stream)
+        for _ in range(2):  # libraries and Triton set themselves up outside the recording, and on another stream:
+            call(*self.inputs)  # cuBLAS keeps a workspace a stream, and that of `stream` is to come from `pool`
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.outputs = call(*self.inputs)
 
@@ -40,13 +36,30 @@ class CudaGraph:
         self.graph.replay()
 
 
+_POOLS: weakref.WeakValueDictionary[tuple, "_Pool"] = weakref.WeakValueDictionary()  # by stream
+
+
+class _Pool:
+    """Memory that graphs share, and the stream that they are recorded on.
+
+    Nobody else works on the stream, so that what cuBLAS keeps for it lies in this memory. torch has 32 streams of a
+    priority and hands them out in turn; hardly anybody asks for one of high priority.
+    """
+
+    def __init__(self):
+        self.handle = torch.cuda.graph_pool_handle()
+        for _ in range(32):
+            self.stream = torch.cuda.Stream(priority=-1)
+            if _POOLS.setdefault((self.stream.device, self.stream.cuda_stream), self) is self:
+                break
+
+
 class CudaRecorder:
     """Records calls into one pool of memory; `turn` puts the calls of all streams one after the other."""
 
     def __init__(self):
-        self._pool = None
+        self._pool: _Pool | None = None
         self._graphs: weakref.WeakSet[CudaGraph] = weakref.WeakSet()  # those in the pool
-        self._stream: torch.cuda.Stream | None = None  # of every recording: only then do graphs share memory
         self._done: torch.cuda.Event | None = None  # the last turn's work
 
     @contextlib.contextmanager
@@ -63,11 +76,9 @@ class CudaRecorder:
 
     def record(self, call: Callable, inputs: tuple[Tensor | None, ...] = ()) -> CudaGraph:
         with _RECORDING:
-            if self._stream is None:
-                self._stream = torch.cuda.Stream()
             if not self._graphs:  # torch refuses a pool whose graphs have all gone
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = CudaGraph(call, inputs, self._stream, self._pool)
+                self._pool = _Pool()
+            graph = CudaGraph(call, inputs, self._pool.stream, self._pool.handle)
             self._graphs.add(graph)
             return graph
 
@@ -126,12 +137,19 @@ class Passes:
     """
 
     def __init__(self, module: nn.Module):
-        self._module = module
+        self._owner = weakref.ref(module)  # the module holds this: with a cycle its memory would outlive it
         self._lock = threading.RLock()
         self._frozen = 0
         self._period = 0  # counts what `frozen` opened
         self._recorder: CudaRecorder | None = None
         self.forget()
+
+    @property
+    def _module(self) -> nn.Module:
+        module = self._owner()
+        if module is None:
+            raise ReferenceError("passes: expected the module that they belong to to live, and it does not")
+        return module
 
     def forget(self) -> None:
         """Drop every copy of the weights and every graph."""
@@ -160,12 +178,12 @@ class Passes:
     def __call__(self, method: str, precision: str, *inputs: Tensor | None, **options: bool):
         """module.method(*inputs, **options) in `precision`; the outputs are the caller's own. options: hashable.
 
-        Inside torch.compile, or while a CUDA graph is recorded, nothing is kept: bf16 is then autocast's.
+        Inside torch.compile, or while a CUDA graph is recorded, nothing is kept: the layers round their weights each
+        time. A method takes their dtype as `layer_dtype`.
         """
         if recording():
-            device = next(t.device.type for t in inputs if t is not None)
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-                return getattr(self._module, method)(*inputs, **options)
+            dtype = torch.bfloat16 if precision == "bf16" else None
+            return getattr(self._module, method)(*inputs, layer_dtype=dtype, **options)
         if precision == "fp32" and not graphable(inputs):
             return getattr(self._module, method)(*inputs, **options)
         with torch.inference_mode(False), torch.no_grad():
@@ -184,7 +202,8 @@ class Passes:
 
     def _replay(self, network: nn.Module, method: str, precision: str, inputs: tuple, options: dict):
         shapes = tuple(None if t is None else (tuple(t.shape), t.dtype, t.device) for t in inputs)
-        name = (method, precision, shapes, tuple(sorted(options.items())))
+        products = torch.backends.cuda.matmul.fp32_precision  # TF32 or not: a graph keeps the kernels of then
+        name = (method, precision, shapes, tuple(sorted(options.items())), products)
         recorded = self._graphs.pop(name, None)
         if recorded is None or not (self._frozen and recorded.period == self._period):
             places = places_of(_tensors(network))
@@ -208,6 +227,7 @@ class Passes:
             return self._twin
         key = (places_of(_tensors(self._module)), _hash(self._module))
         if self._twin is None or self._twin_key[0] != key[0]:
+            self._recorder.wait()  # another stream may still read the twin that goes
             self._twin = _share(self._module)
             for linear in _linears(self._twin):
                 linear.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
@@ -239,7 +259,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 def places_of(tensors: Iterable[Tensor]) -> tuple:
     """Where weights lie: what a graph has recorded of them."""
-    return tuple((t.data_ptr(), t.shape, t.dtype) for t in tensors)
+    return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
 
 
 def _hash(module: nn.Module) -> int | None:

@@ -24,6 +24,7 @@ from biflow.models.layers import (
     check_size,
     check_transformer,
     class_rows,
+    layers_in,
     mlp_width,
     rope_tables,
     unpatchify,
@@ -143,7 +144,13 @@ class BiFlow(PassModule):
             nn.init.zeros_(head[1].bias)
 
     def forward(
-        self, z: Tensor, y: Tensor | None = None, w: Tensor | None = None, *, return_states: bool = False
+        self,
+        z: Tensor,
+        y: Tensor | None = None,
+        w: Tensor | None = None,
+        *,
+        return_states: bool = False,
+        layer_dtype: torch.dtype | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """One pass in token space; what training differentiates. Values are not checked here: see `decode`.
 
@@ -152,6 +159,7 @@ class BiFlow(PassModule):
             y: labels (B,) int64; -1 or None: no class.
             w: guidance strength (B,), float >= 0 (0 where y is -1), for a model with max_guidance > 0; None: 0.
             return_states: also return the heads' predictions of the trajectory.
+            layer_dtype: what the layers' products are rounded to; None: nothing, but for autocast.
 
         Returns:
             clean tokens (B,T,D); with return_states (clean, [x_0, ..., x_{B-1}] predictions, each (B,T,D), data order).
@@ -171,8 +179,9 @@ class BiFlow(PassModule):
         rope = (self.rope_cos, self.rope_sin) if c.rope else None
         states, delta = [], None
         for group, head in zip(self.groups, self.heads, strict=True):
-            for layer in group:
-                h, delta = layer(h, delta, rope, causal=False, prefix=length)
+            with layers_in(layer_dtype, z.device):
+                for layer in group:
+                    h, delta = layer(h, delta, rope, causal=False, prefix=length)
             if return_states or head is self.heads[-1]:
                 h, delta = h + delta, None
                 states.append(head(h[:, length:]))
@@ -191,7 +200,8 @@ class BiFlow(PassModule):
             precision: "fp32", or "bf16": what the layers multiply is rounded to bf16 (models/passes.py).
 
         On a GPU the pass is recorded as a CUDA graph at the first call of each shape, and replayed after that; weights
-        may change between calls in every way that torch knows of (`Passes`).
+        may change between calls in every way that torch knows of (`Passes`). Inside a CUDA graph of the caller's it is
+        a part of that: call it once before, outside, because kernels compile and load at their first call.
 
         Returns:
             x (B,C,H,W) fp32, about [-1, 1], not clamped.
@@ -216,10 +226,10 @@ class BiFlow(PassModule):
                 x = self.passes("_guided", precision, z, y, w)
             return unpatchify(x, c.patch_size)
 
-    def _guided(self, z: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    def _guided(self, z: Tensor, y: Tensor, w: Tensor, layer_dtype: torch.dtype | None = None) -> Tensor:
         """Guidance in two passes: G(z | y) + w (G(z | y) - G(z))."""
-        x = self(z, y)
-        return x + w[:, None, None] * (x - self(z))
+        x = self(z, y, layer_dtype=layer_dtype)
+        return x + w[:, None, None] * (x - self(z, layer_dtype=layer_dtype))
 
     def sample(
         self,

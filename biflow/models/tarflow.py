@@ -198,15 +198,21 @@ class TarFlow(PassModule):
             return self._to_prior(states, logdet, return_states)
 
     def forward(
-        self, x: Tensor, y: Tensor | None = None, context: Tensor | None = None, *, return_states: bool = False
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        return_states: bool = False,
+        layer_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
-        """`encode` without its checks."""
+        """`encode` without its checks. layer_dtype: as in `Block.params`."""
         h = patchify(x, self.config.patch_size)
         states, flipped, logdet = [h], False, 0.0
         for block in self.blocks:
             if block.config.flip != flipped:
                 h, flipped = h.flip(1), block.config.flip
-            h, block_logdet = block(h, y, context)
+            h, block_logdet = block(h, y, context, layer_dtype)
             logdet = logdet + block_logdet
             if return_states:
                 states.append(h.flip(1) if flipped else h)

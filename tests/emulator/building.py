@@ -1,6 +1,10 @@
-"""Builds parts of build/emulator again from changed sources, beside it: for tests that need a kernel with a defect."""
+"""Builds parts of build/emulator again from changed sources, beside it: for tests that need a kernel with a defect.
+
+Of the Python package a copy with other texts for some files.
+"""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -13,6 +17,15 @@ BUILD = ROOT / "build" / "emulator"
 
 class DoesNotCompile(Exception):
     pass
+
+
+def copy_package(changed: dict[str, str], folder: Path) -> None:
+    """The package biflow in `folder`, with other texts for some of its files: links to the rest."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "biflow", folder / "biflow", ignore=ignored, copy_function=os.symlink)
+    for name, text in changed.items():
+        (folder / name).unlink()
+        (folder / name).write_text(text)
 
 
 class Building:

@@ -146,6 +146,27 @@ def test_as_many_keys_as_do_not_fit(backend, streamed):
     check(attend(backend, q, k, v, mask=mask), reference.attention(q, k, v, mask=mask), exact)
 
 
+def test_a_long_sequence(backend):
+    """Seventeen tiles of keys, the last one short: the values, whatever the plan."""
+    long_sequence(backend, 1, 1, 1030, 32, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [32, 64, 128])
+@pytest.mark.parametrize("T", [1024, 2500])
+def test_long_sequences(T, d):
+    for dtype in DTYPES:
+        long_sequence(get("cuda"), 2, 3, T, d, dtype)
+
+
+def long_sequence(backend, B, H, T, d, dtype):
+    qkv, rope, q_norm, k_norm = make_qkv(B, T, H, d, dtype, 2)
+    for causal in (False, True):
+        options = {"heads": H, "causal": causal, "q_norm": q_norm, "k_norm": k_norm, "rope": rope, "prefix": 2}
+        exact = reference.attention_qkv(qkv.double(), **wide(options))
+        check(attend_qkv(backend, qkv, **options), reference.attention_qkv(qkv, **options), exact)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(1, 200), (70, 65), (17, 144), (200, 63)])
 def test_other_keys_than_queries(backend, queries, keys):
     for d in (32, 64, 128):
