@@ -38,7 +38,7 @@ def attention(d: int, tiles: int) -> dict:
 
 def decode_block(word: str, **more: tuple[str, int]) -> dict:
     uses = {"asynchronous 16-byte copies": (COPIES, 1), "16-byte loads": (LOADS, 1), **more}
-    return {f"decode_block_{name}<{word}": uses for name in ("persistent", "phase")}
+    return {f"decode_block_kernel<{word}": uses}
 
 
 # What instantiations must use at least, on every architecture; bf16 and half are words of 16 bits in affine. It reads

@@ -20,7 +20,7 @@ from biflow.solvers import Condition
 
 from .subject import Subject
 
-KERNEL = "decode_block_phase"  # of csrc/cuda/decode_block.cuh
+KERNEL = "decode_block_kernel"  # of csrc/cuda/decode_block.cuh
 LAYER = ("norm1", "qkv", "attention", "proj", "norm2", "fc1", "fc2")  # in order, csrc/cuda/decode_block_state.cuh
 ROWS = 12  # of a split
 

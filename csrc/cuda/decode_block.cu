@@ -50,7 +50,7 @@ DecodeState make_state(const DecodeBlockParams& p, const DecodePlan& plan, float
 }
 
 size_t shared_of(const DecodeBlockParams& p, const DecodePlan& plan) {
-  return decode_shared(plan, p.shape.precision == Precision::bf16, p.shape.width).all();
+  return decode_shared(plan, p.shape.precision == Precision::bf16, p.shape.width, p.shape.channels).all();
 }
 
 bool is_power_of_two_to(int n, int most) { return n > 0 && n <= most && (n & (n - 1)) == 0; }

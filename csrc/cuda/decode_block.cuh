@@ -24,38 +24,31 @@ BIFLOW_DEVICE void run_phase(const DecodeState& s, Products& products, const Dec
   }
 }
 
+// The phase `at`, or (all, in a cooperative launch) that one and all after it.
 template <class Act, int kRowTiles>
-__global__ void __launch_bounds__(kDecodeThreads, 1) decode_block_persistent(const DecodeState s) {
+__global__ void __launch_bounds__(kDecodeThreads, 1)
+    decode_block_kernel(const DecodeState s, DecodePlace at, bool all) {
   BIFLOW_DYNAMIC_SHARED(shared);
-  StepProducts<Act, kRowTiles, kPersistentRing> products(s, shared);
-  DecodePlace at;
-  uint32_t barriers = 0;
-  products.weights().start(at, false);
-  for (; !s.is_last(at); s.advance(at)) {
+  StepProducts<Act, kRowTiles> products(s, shared);
+  products.weights().start(at, !all);
+  for (uint32_t barriers = 0;; s.advance(at)) {
     if (!s.is_run(at)) continue;
     run_phase<Act>(s, products, at);
+    if (!all || s.is_last(at)) return;
     arch::grid_barrier<true>(s.barrier, ++barriers);
   }
-  run_phase<Act>(s, products, at);
-}
-
-template <class Act, int kRowTiles>
-__global__ void __launch_bounds__(kDecodeThreads) decode_block_phase(const DecodeState s, const DecodePlace at) {
-  BIFLOW_DYNAMIC_SHARED(shared);
-  StepProducts<Act, kRowTiles, kPhaseRing> products(s, shared);
-  products.weights().start(at, true);
-  run_phase<Act>(s, products, at);
 }
 
 template <class Act, int kRowTiles>
 cudaError_t launch_decode_of(const DecodeState& s, int64_t phases, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(s.plan.blocks)), block(kDecodeThreads);
-  const size_t bytes = decode_shared(s.plan, sizeof(Act) == 2, s.width).all();
-  if (s.plan.persistent)
-    return arch::launch_cooperative(&decode_block_persistent<Act, kRowTiles>, grid, block, bytes, stream, s);
-  for (DecodePlace at; phases != 0; s.advance(at)) {
+  const auto kernel = &decode_block_kernel<Act, kRowTiles>;
+  const size_t bytes = decode_shared(s.plan, sizeof(Act) == 2, s.width, s.channels).all();
+  DecodePlace at;
+  if (s.plan.persistent) return arch::launch_cooperative(kernel, grid, block, bytes, stream, s, at, true);
+  for (; phases != 0; s.advance(at)) {
     if (!s.is_run(at)) continue;
-    const auto status = arch::launch(&decode_block_phase<Act, kRowTiles>, grid, block, bytes, stream, s, at);
+    const auto status = arch::launch(kernel, grid, block, bytes, stream, s, at, false);
     if (status != cudaSuccess || s.is_last(at)) return status;
     --phases;
   }

@@ -13,7 +13,7 @@
 namespace biflow::cuda {
 
 // Act: of weights, of what they multiply: float or bf16. Lane 4 g + t of a warp.
-template <class Act, int kRowTiles, int kRing>
+template <class Act, int kRowTiles>
 class StepProducts {
   static constexpr bool kBf16 = sizeof(Act) == 2;
   static constexpr int kRows = kRowTile * kRowTiles;
@@ -29,13 +29,13 @@ class StepProducts {
         g_(threadIdx.x % 32 / 4),
         t_(threadIdx.x % 4),
         weights_(s, reinterpret_cast<uint4*>(shared), owner_) {
-    const DecodeShared part = decode_shared(s.plan, kBf16, s.width);
+    const DecodeShared part = decode_shared(s.plan, kBf16, s.width, s.channels);
     sums_ = reinterpret_cast<float*>(shared + part.ring);
     rows_ = reinterpret_cast<float4*>(shared + part.ring + part.sums);
     statistics_ = reinterpret_cast<float2*>(shared + part.ring + part.sums + part.rows);
   }
 
-  BIFLOW_DEVICE WeightStream<Act, kRowTiles, kRing>& weights() { return weights_; }
+  BIFLOW_DEVICE WeightStream<Act, kRowTiles>& weights() { return weights_; }
   BIFLOW_DEVICE float* sums() { return sums_; }  // free between two products
 
   BIFLOW_DEVICE void run(const DecodePlace& at) {
@@ -108,14 +108,17 @@ class StepProducts {
     return packed(v);
   }
 
-  // The embedding's input: four channels of the token that goes in, which one block writes to the output.
-  BIFLOW_DEVICE float4 input_token(const DecodePlace& at, int row, int d) const {
-    float v[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (row < rows_here() && d + i < s_.channels)
-        v[i] = StepTokens(s_).input(at.step, row_group_ * kRows + row, d + i, owner_ == 0);
-    return packed(v);
+  // The embedding's input into rows_, [block][row][16]: the token that goes in, which one block writes to the output.
+  BIFLOW_DEVICE void load_tokens(const DecodePlace& at, const DecodeLinear& linear) {
+    const int size = linear.blocks * kRows * 16;
+    for (int i = threadIdx.x; i < size; i += kDecodeThreads) {
+      const int row = i / 16 % kRows, d = i / (16 * kRows) * 16 + i % 16;
+      float v = 0;
+      if (row < rows_here() && d < s_.channels)
+        v = StepTokens(s_).input(at.step, row_group_ * kRows + row, d, owner_ == 0);
+      reinterpret_cast<float*>(rows_)[i] = v;
+    }
+    __syncthreads();
   }
 
   template <bool kTensor>
@@ -126,6 +129,7 @@ class StepProducts {
     const bool normalized = at.phase == DecodePhase::qkv || at.phase == DecodePhase::fc1;
     const bool whole = s_.plan.norm_in_place && normalized;
     if (whole) normalize_rows(at, linear);
+    if (at.phase == DecodePhase::embed) load_tokens(at, linear);
     for (int first = owner_; first < linear.tiles; first += kTiles * s_.owners) {
       Finish<kTensor> finish[finishes(kTensor)];
 #pragma unroll
@@ -272,11 +276,13 @@ class StepProducts {
                               bool whole) {
     constexpr int kTiles = tiles(false);
     float sum[kTiles][kRows] = {};
+    const bool tokens = at.phase == DecodePhase::embed;
     for (int base = warp_; base < linear.blocks; base += kChunk * kDecodeWarps) {
-      float4* rows = warp_rows() + (whole ? base / kDecodeWarps * 4 * kRowTile : 0);  // [block][row][4]
-      if (!whole) load_rows(at, linear, base, rows);
+      float4* const own = warp_rows() + (whole ? base / kDecodeWarps * 4 * kRowTile : 0);  // [block][row][4]
+      if (!whole && !tokens) load_rows(at, linear, base, own);
 #pragma unroll 1
-      for (int c = 0; c < kChunk && base + c * kDecodeWarps < linear.blocks; ++c, rows += 4 * kRows) {
+      for (int c = 0; c < kChunk && base + c * kDecodeWarps < linear.blocks; ++c) {
+        const float4* const rows = tokens ? rows_ + (base + c * kDecodeWarps) * 4 * kRows : own + c * 4 * kRows;
         uint4 w[kTiles] = {};
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
@@ -312,33 +318,22 @@ class StepProducts {
   // The activations of this warp's next kChunk blocks of 16 inputs, [block][row][4].
   BIFLOW_DEVICE void load_rows(const DecodePlace& at, const DecodeLinear& linear, int base, float4* rows) const {
     __syncwarp();  // the rows before are read
-    if (at.phase == DecodePhase::embed) {
-#pragma unroll 1
-      for (int i = 0; i < 2 * 4; ++i) {
-        const int c = i / (2 * kRowTiles), row = i % (2 * kRowTiles) * 8 + g_, block = base + c * kDecodeWarps;
-        if (block >= linear.blocks) continue;
-        const float4 x = input_token(at, row, block * 16 + t_ * 4);
-        rows[(c * kRows + row) * 4 + t_] = x;
-      }
-    } else {
-      float4 x[2 * 4];
+    float4 x[2 * 4];
 #pragma unroll
-      for (int i = 0; i < 2 * 4; ++i) {
-        const int c = i / (2 * kRowTiles), row = i % (2 * kRowTiles) * 8 + g_, block = base + c * kDecodeWarps;
-        x[i] = {0, 0, 0, 0};
-        if (block < linear.blocks) x[i] = activations<float>(at, row, block * 16 + t_ * 4);
-      }
+    for (int i = 0; i < 2 * 4; ++i) {
+      const int c = i / (2 * kRowTiles), row = i % (2 * kRowTiles) * 8 + g_, block = base + c * kDecodeWarps;
+      x[i] = {0, 0, 0, 0};
+      if (block < linear.blocks) x[i] = activations<float>(at, row, block * 16 + t_ * 4);
+    }
 #pragma unroll
-      for (int i = 0; i < 2 * 4; ++i) {
-        const int c = i / (2 * kRowTiles), row = i % (2 * kRowTiles) * 8 + g_;
-        rows[(c * kRows + row) * 4 + t_] = x[i];
-      }
+    for (int i = 0; i < 2 * 4; ++i) {
+      const int c = i / (2 * kRowTiles), row = i % (2 * kRowTiles) * 8 + g_;
+      rows[(c * kRows + row) * 4 + t_] = x[i];
     }
     __syncwarp();
   }
 
   // --- rows that are normalised in place
-  // ------------------------------------------------------------------------------
 
   // In place: this block's rows, as its products read them, into rows_. Blocks of inputs and lanes as in a product.
   BIFLOW_DEVICE void normalize_rows(const DecodePlace& at, const DecodeLinear& linear) {
@@ -422,7 +417,7 @@ class StepProducts {
 
   const DecodeState& s_;
   const int row_group_, owner_, warp_, g_, t_;
-  WeightStream<Act, kRowTiles, kRing> weights_;
+  WeightStream<Act, kRowTiles> weights_;
   float* sums_;
   float4* rows_;
   float2* statistics_;  // [16 rows][warp]: mean, squares

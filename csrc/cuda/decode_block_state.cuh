@@ -13,9 +13,9 @@
 namespace biflow::cuda {
 
 constexpr int kDecodeWarps = 8, kDecodeThreads = 32 * kDecodeWarps;
-constexpr int kRowTile = 16;                         // sequences that one tensor-core product takes
-constexpr int kPersistentRing = 16, kPhaseRing = 8;  // 16-byte pieces of weights under way for each thread
-constexpr int kMaxHead = 256;                        // channels of a head
+constexpr int kRowTile = 16;   // sequences that one tensor-core product takes
+constexpr int kRing = 12;      // 16-byte pieces of weights under way for each thread
+constexpr int kMaxHead = 256;  // channels of a head
 
 //                              reads            writes
 enum class DecodePhase : int {
@@ -127,20 +127,22 @@ struct DecodeState {
 struct DecodeShared {
   size_t ring;        // weights under way
   size_t sums;        // of a product, or what attention's warps exchange
-  size_t rows;        // activations: of four row tiles and blocks of inputs a warp, or whole rows
+  size_t rows;        // activations: of four row tiles and blocks of inputs a warp, whole rows, or tokens
   size_t statistics;  // of these rows
 
   BIFLOW_HOST_DEVICE size_t all() const { return ring + sums + rows + statistics; }
 };
 
-BIFLOW_HOST_DEVICE DecodeShared decode_shared(const DecodePlan& plan, bool bf16, int width) {
+BIFLOW_HOST_DEVICE DecodeShared decode_shared(const DecodePlan& plan, bool bf16, int width, int channels) {
   const int tiles = bf16 ? 4 * plan.row_tiles : 4, unit = kDecodeWarps * kFragmentBytes / (bf16 ? 2 : 4);
-  const size_t ring = static_cast<size_t>(plan.persistent ? kPersistentRing : kPhaseRing) * kDecodeThreads * 16;
+  const auto largest = [](size_t a, size_t b) { return a > b ? a : b; };
+  const size_t ring = static_cast<size_t>(kRing) * kDecodeThreads * 16;
   const size_t sums = sizeof(float) * kDecodeWarps * tiles * kRowTile * kFragmentColumns;
   const size_t exchange = sizeof(float) * 2 * kDecodeWarps * (kMaxHead + 2);
   const size_t rows = static_cast<size_t>(kDecodeWarps) * 4 * kRowTile * kFragmentBytes;
   const size_t whole = plan.norm_in_place ? sizeof(float) * kRowTile * ((width + unit - 1) / unit * unit) : 0;
-  return {ring, sums > exchange ? sums : exchange, rows > whole ? rows : whole,
+  const size_t tokens = sizeof(float) * kRowTile * plan.row_tiles * ((channels + 15) / 16 * 16);
+  return {ring, largest(sums, exchange), largest(largest(rows, whole), tokens),
           plan.norm_in_place ? sizeof(float2) * kRowTile * kDecodeWarps : 0};
 }
 

@@ -19,7 +19,7 @@ BIFLOW_DEVICE bool on_tensor_cores(DecodePhase phase) {
 }
 
 // The order of pieces, for the warp of a thread: phases; groups of column tiles; the warp's blocks of inputs; tiles.
-template <class Act, int kRowTiles, int kRing>
+template <class Act, int kRowTiles>
 class WeightStream {
  public:
   // ring: [kRing][kDecodeThreads] pieces. owner: this block's among those that share the columns, negative: none.
