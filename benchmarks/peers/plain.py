@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from biflow.evaluate.eager import eager_heads, eager_mlp
+from biflow.evaluate.eager import eager_heads, eager_mlp, eager_norm
 from biflow.models import BiFlow, TarFlow
 from biflow.models.layers import Layer, patchify, unpatchify
 from biflow.ops.attention import apply_rope
@@ -35,7 +35,7 @@ class PlainReverse(nn.Module):
         self.register_buffer("frequency", model.guidance_embed.frequency.clone())  # sinusoids need fp32
 
     def forward(self, z: Tensor, y: Tensor, w: Tensor) -> Tensor:
-        """z (B,T,D) fp32, y (B,) int64 >= 0, w (B,) fp32 -> x (B,C,H,W) fp32."""
+        """z (B,T,D), y (B,) int64 >= 0, w (B,) -> x (B,C,H,W); z, w and x fp32 whatever the weights are."""
         m, dtype = self.model, self.cos.dtype
         embed = m.guidance_embed
         angle = torch.log1p(w)[:, None] * self.frequency
@@ -46,8 +46,7 @@ class PlainReverse(nn.Module):
             for layer in group:
                 h = run_layer(layer, h, (self.cos, self.sin), causal=False)
         norm, linear = m.heads[-1]
-        h = F.rms_norm(h[:, self.prefix :], h.shape[-1:], norm.weight, norm.eps)
-        return unpatchify(linear(h).float(), m.config.patch_size)
+        return unpatchify(linear(eager_norm(norm, h[:, self.prefix :])).to(z.dtype), m.config.patch_size)
 
 
 class PlainDensity(nn.Module):
