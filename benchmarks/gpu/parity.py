@@ -11,16 +11,15 @@ class WrongResult(Exception):
     """A result that is off by more than rounding: its time would mean nothing."""
 
 
-def error(got: object, want: object, bounds: tuple[float, ...] | None = None) -> float:
-    """The largest relative error of the tensors `got`, one or a tuple; WrongResult if one exceeds its bound, or is NaN.
+def error(got: object, want: object, bound: float | None = None) -> float:
+    """The largest relative error of the tensors `got`, one or a tuple; WrongResult if it exceeds the bound, or is NaN.
 
-    want: as many, or more where a contestant computes only the first of them. bounds: None: BOUNDS.
+    want: as many, or more where a contestant computes only the first of them. bound: None: BOUNDS.
     """
     got, want = (x if isinstance(x, tuple | list) else (x,) for x in (got, want))
     if not 0 < len(got) <= len(want):
         raise WrongResult(f"expected up to {len(want)} results, got {len(got)}: not timed")
-    bounds = bounds or tuple(BOUNDS[t.dtype] for t in got)
-    return max(_error(i, *one) for i, one in enumerate(zip(got, want, bounds, strict=False)))
+    return max(_error(i, g, w, bound or BOUNDS[g.dtype]) for i, (g, w) in enumerate(zip(got, want, strict=False)))
 
 
 def _error(index: int, got: Tensor, want: Tensor, bound: float) -> float:
