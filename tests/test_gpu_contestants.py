@@ -240,7 +240,7 @@ def test_one_architecture_is_built(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, wanted in (((8, 0), "80-real"), ((9, 0), "90a-real"), ((12, 0), "120-real")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert build.architecture("nvcc") == [f"-DCMAKE_CUDA_ARCHITECTURES={wanted}"]
+        assert build.architecture("nvcc") == [f"-DBIFLOW_CUDA_ARCHITECTURES={wanted}"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (13, 0))
     assert build.architecture("nvcc") == []  # an nvcc that does not know it
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))

@@ -31,7 +31,7 @@ def architecture(nvcc: str) -> list[str]:
     known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
     if f"compute_{major}{minor}" not in known:
         return []  # it runs what the PTX of the default says
-    return [f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}{'a' if (major, minor) == (9, 0) else ''}-real"]
+    return [f"-DBIFLOW_CUDA_ARCHITECTURES={major}{minor}{'a' if (major, minor) == (9, 0) else ''}-real"]
 
 
 def main() -> None:
