@@ -287,7 +287,10 @@ def test_ml_tarflow_is_a_contestant(bench, tmp_path, monkeypatch):
 
 def test_kernel_names():
     assert phases.short_name("void biflow::(anonymous namespace)::qkv<float, Tile<2, 8>>(biflow::Params)") == "qkv"
-    assert phases.short_name("void biflow::cuda::decode_block_kernel<__nv_bfloat16, 1>(State, Place, bool)") == phases.KERNEL
+    assert (
+        phases.short_name("void biflow::cuda::decode_block_kernel<__nv_bfloat16, 1>(State, Place, bool)")
+        == phases.KERNEL
+    )
     assert phases.short_name("sm90_xmma_gemm_bf16") == "sm90_xmma_gemm_bf16"
     assert phases.short_name("triton_poi_fused_0") == "triton_poi_fused_0"
     assert phases.short_name("Memset (Device)") == "Memset"

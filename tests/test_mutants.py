@@ -130,13 +130,15 @@ def test_a_mutant_of_a_triton_kernel():
 
 
 @pytest.mark.slow
-def test_killed_survived_and_not_compiled(tmp_path):
+def test_killed_survived_and_not_compiled(monkeypatch):
     if not (BUILD / "conformance_race").exists():
         pytest.skip("no conformance_race: run `make emulator`")
     fence = next(m for m in mutants.mutants_of(BARRIER) if m.operator == "drop a fence")
     same = next(m for m in mutants.mutants_of(BARRIER) if m.key() in mutants.equivalents())
     broken = mutants.Mutant(BARRIER, fence.line, "none", fence.before, "    release_fence(;")
     campaign = mutants.Campaign()
+    checks = campaign.checks  # all ops over the barrier would take minutes
+    monkeypatch.setattr(campaign, "checks", lambda *at: [c for c in checks(*at) if c.target.startswith("conformance")])
     campaign.measure({BARRIER})
     results = [campaign.run(mutant) for mutant in (fence, same, broken)]
     assert [r["result"] for r in results] == ["killed", "survived", "does not compile"]
