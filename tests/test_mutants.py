@@ -42,7 +42,8 @@ def test_every_synchronisation_is_taken_away():
 
 
 def test_every_kernel_has_mutants():
-    files = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu*")} - set(mutants.UNTESTED)
+    cuda = [p for p in (ROOT / "csrc/cuda").glob("*.cu*") if "{\n  " in p.read_text()]  # others instantiate templates
+    files = {str(p.relative_to(ROOT)) for p in cuda} - set(mutants.UNTESTED)
     files |= {f"biflow/ops/_triton/{p.name}" for p in (ROOT / "biflow/ops/_triton").glob("[a-z]*.py")}
     assert files <= {m.file for m in MUTANTS}
     assert all(mutants.tests_of(stem) for stem in (f.split("/")[-1].split(".")[0] for f in files if f.endswith(".cu")))
