@@ -42,7 +42,8 @@ def test_every_synchronisation_is_taken_away():
 
 
 def test_every_kernel_has_mutants():
-    files = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu*")} - set(mutants.UNTESTED)
+    cuda = [p for p in (ROOT / "csrc/cuda").glob("*.cu*") if "{\n  " in p.read_text()]  # others instantiate templates
+    files = {str(p.relative_to(ROOT)) for p in cuda} - set(mutants.UNTESTED)
     files |= {f"biflow/ops/_triton/{p.name}" for p in (ROOT / "biflow/ops/_triton").glob("[a-z]*.py")}
     assert files <= {m.file for m in MUTANTS}
     assert all(mutants.tests_of(stem) for stem in (f.split("/")[-1].split(".")[0] for f in files if f.endswith(".cu")))
@@ -130,13 +131,15 @@ def test_a_mutant_of_a_triton_kernel():
 
 
 @pytest.mark.slow
-def test_killed_survived_and_not_compiled(tmp_path):
+def test_killed_survived_and_not_compiled(monkeypatch):
     if not (BUILD / "conformance_race").exists():
         pytest.skip("no conformance_race: run `make emulator`")
     fence = next(m for m in mutants.mutants_of(BARRIER) if m.operator == "drop a fence")
     same = next(m for m in mutants.mutants_of(BARRIER) if m.key() in mutants.equivalents())
     broken = mutants.Mutant(BARRIER, fence.line, "none", fence.before, "    release_fence(;")
     campaign = mutants.Campaign()
+    checks = campaign.checks  # all ops over the barrier would take minutes
+    monkeypatch.setattr(campaign, "checks", lambda *at: [c for c in checks(*at) if c.target.startswith("conformance")])
     campaign.measure({BARRIER})
     results = [campaign.run(mutant) for mutant in (fence, same, broken)]
     assert [r["result"] for r in results] == ["killed", "survived", "does not compile"]
