@@ -94,6 +94,9 @@ void decode_block_(Tensor z, Tensor packed, OptionalTensor added, OptionalTensor
   }
   launch.reads(packed);
   for (const OptionalTensor* t : {&added, &prefix, &null_added, &null_prefix}) tell_reads(launch, *t);
+  for (const float* rows : {p.condition.added, p.condition.null_added})
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(rows) % 8 == 0,
+                    "decode_block: expected added and null_added at multiples of 8 bytes");
   auto* const scratch = static_cast<float*>(launch.scratch(memory));
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(scratch) % 64 == 0, "decode_block: workspace must be 64-byte aligned");
   Launch::check("decode_block", biflow::cuda::decode_block(p, how, scratch, phases, launch.stream()));

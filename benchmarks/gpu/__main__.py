@@ -2,14 +2,16 @@
 
     python -m benchmarks.gpu [--only PART,PART] [--out FOLDER] [--commit NAME] [--peer-ml-tarflow PATH] [--dry-run]
 
-Parts: build, limits (copy, GEMM), machine (barriers, weight reads), decode (the exact inverse), models (the learned
-inverse, the density), kernels, conformance (what the emulator stands for), tests (pytest -m gpu), memcheck and
-racecheck (small cases). What decides comes first, in the parts as within them. Each runs in a process of its own; one
-that fails or takes too long is named in the table, keeps the rows it has, and the next goes on; so does a measuring
-part after a row that hangs. Time that no part needs is that of the next one: with --only there is more. Everything goes
-to FOLDER/<device>.json (default: benchmarks/results), after every part; a run of some parts keeps what the file holds
-of the others. --commit: where there is no git. --dry-run: on the CPU, with tiny shapes: shows that the parts run;
-writes to FOLDER or nowhere. Without a GPU the exit status is 2.
+Parts: build; what is wrong: conformance (what the emulator stands for), tests (pytest -m gpu); what decides: limits
+(copy, GEMM), machine (barriers, weight reads), decode (the exact inverse); models (the learned inverse, the density),
+kernels; memcheck and racecheck (small cases); compiled (what torch.compile makes of models and kernels). Within a part,
+too, what decides comes first. Each runs in a process of its own; one that fails or takes too long is named in the
+table, keeps the rows it has, and the next goes on; so does a measuring part after a row that hangs. What one does not
+take of its time is that of the measuring parts after it, and of the last part: with --only there is more. Everything
+goes to FOLDER/<device>.json (default: benchmarks/results), after every part; what decides and what failed is printed at
+the end. A run of some parts keeps what the file holds of the others. --commit: where there is no git. --dry-run: on the
+CPU, with tiny shapes: shows that the parts run; writes to FOLDER or nowhere. The exit status is 1 if a part failed or
+found no time, not if it was skipped because its tool is not there; without a GPU it is 2.
 """
 
 import argparse
@@ -32,14 +34,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import commit, table
+from benchmarks.timing import commit
 
+from .summary import summary
 from .tools import AGAIN, UNTIL, find, json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 525  # for everything
+SHOWN = 1500  # characters of what a part printed that did not end well
 PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "cupy-cuda12x")
-LABELS = ("limit", "decode", "phases", "op", "item", "case", "batch", "precision", "who")  # what names a row
 UNSUPPORTED = "Device not supported"  # compute-sanitizer's words
 
 
@@ -55,6 +58,11 @@ class Part:
     commands: tuple[tuple[str, ...], ...]
     environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def measures(self) -> bool:
+        """Whether it has use for any time: it ends by itself, with the rows that it could measure."""
+        return any(UNTIL in command for command in self.commands)
+
 
 def parts(work: Path, peer: str | None, dry: bool) -> list[Part]:
     python = (sys.executable, "-m")
@@ -62,7 +70,7 @@ def parts(work: Path, peer: str | None, dry: bool) -> list[Part]:
     nvcc = (find("nvcc") or "nvcc", "-std=c++17", "-O2", "-arch=native")
     nvcc = (*nvcc, "-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"))
     sources = sorted(str(p) for p in (ROOT / "tests" / "emulator").glob("conformance*.cu"))
-    pytest = (*python, "pytest", "-vv", "--tb=short", "-m", "gpu", "tests")
+    pytest = (*python, "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "benchmarks.gpu.first_failures", "tests")
     if importlib.util.find_spec("xdist"):
         pytest = (*pytest, "-n", "8")
     measure = (*python, "benchmarks.gpu.measure", "--out", str(work), "--until", UNTIL)
@@ -78,25 +86,29 @@ def parts(work: Path, peer: str | None, dry: bool) -> list[Part]:
             "no",
         )
         command = (*program, "--tool", tool, *python, "benchmarks.gpu.small_cases")
-        return Part(tool, 60, (command,), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        return Part(tool, 45, (command,), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
     every = [
-        Part("build", 180, ((*python, "benchmarks.gpu.build"),)),
-        Part("limits", 25, ((*measure, "limits"),)),
-        Part("machine", 45, ((*nvcc, "benchmarks/gpu/machine.cu", "-o", machine), (machine,))),
+        Part("build", 160, ((*python, "benchmarks.gpu.build"),)),
+        Part("conformance", 60, ((*nvcc, *sources, "-o", conformance), (conformance,))),
+        Part("tests", 100, (pytest,)),
+        Part("limits", 20, ((*measure, "limits"),)),
+        Part("machine", 35, ((*nvcc, "benchmarks/gpu/machine.cu", "-o", machine), (machine,))),
         Part("decode", 150, ((*measure, "decode", *peers),)),
-        Part("models", 70, ((*measure, "models", *peers),)),
-        Part("kernels", 55, ((*measure, "kernels"),)),
-        Part("conformance", 70, ((*nvcc, *sources, "-o", conformance), (conformance,))),
-        Part("tests", 120, (pytest,)),
+        Part("models", 60, ((*measure, "models", *peers),)),
+        Part("kernels", 50, ((*measure, "kernels"),)),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
+        Part("compiled", 60, ((*measure, "compiled"),)),
     ]
-    return [p for p in every if not dry or p.name in ("limits", "decode", "models", "kernels")]
+    return [p for p in every if not dry or p.measures]
 
 
 def allowed(part: Part, later: list[Part], left: float) -> float:
-    """Seconds of a part: its own, or what all parts after it leave, if that is more; never more than are left."""
+    """Seconds of a part: its own, or what all parts after it leave, if that is more and they have no use for it; never
+    more than are left."""
+    if later and not part.measures:
+        return min(left, part.seconds)
     return min(left, max(part.seconds, left - sum(p.seconds for p in later)))
 
 
@@ -220,7 +232,7 @@ def main() -> int:
             one["rows"] = json_lines(rows.read_text())
         one["output"] = kept(one.get("output", ""))
         if one["status"] != "ok":
-            print(one["output"], flush=True)
+            print(one["output"][-SHOWN:], flush=True)
         if path is not None:
             scratch = path.with_suffix(".tmp")
             scratch.write_text(json.dumps({"machine": about, "parts": before | found}, indent=1) + "\n")
@@ -228,25 +240,7 @@ def main() -> int:
     print("\n".join(summary(about, found)))
     if path is not None:
         print(f"wrote {path}")
-    return 0 if all(part["status"] == "ok" for part in found.values()) else 1
-
-
-def summary(about: dict, found: dict) -> list[str]:
-    lines = [f"{about['device']} · torch {about['torch']} · commit {about['commit']} · {about['date']}", ""]
-    for part in found.values():
-        kinds: dict[str, list[dict]] = {}
-        for row in part.get("rows", []):
-            kinds.setdefault(next(iter(row)), []).append(row)
-        for group in kinds.values():
-            measured = [row for row in group if "left_out" not in row]
-            if measured:
-                lines += table([{k: v for k, v in row.items() if k != "failed"} for row in measured])
-            for what in ("failed", "left_out"):
-                for row in (row for row in group if what in row):
-                    labels = [str(row[key]).strip() for key in LABELS if key in row]
-                    lines.append(f"{what.replace('_', ' ')}: {', '.join(labels)}: {row[what]}")
-            lines.append("")
-    return lines + [f"{name:12} {part['status']:10} {part.get('seconds', 0):6.0f} s" for name, part in found.items()]
+    return 0 if all(part["status"] in ("ok", "skipped") for part in found.values()) else 1
 
 
 if __name__ == "__main__":

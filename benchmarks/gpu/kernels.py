@@ -1,7 +1,8 @@
 """Every kernel against eager torch, torch.compile and CuPy: microseconds, share of the limit that bounds it.
 
+Nothing is timed before its result was found right, against biflow.reference in fp64 ("error", parity.py).
 Bytes by the model of one pass (each input once, each output once); FLOPs of attention: 4 B H T^2 d, half when causal;
-with the backward pass three times that. torch.compile takes long to start: only for few rows, which come last.
+with the backward pass three times that. torch.compile takes long to start: only for few rows, in a part of their own.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ from biflow import ops, reference
 from biflow.ops.attention import apply_rope
 
 from .limits import Case, bound, share
+from .parity import error
 from .timing import Call, Timer, Times
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -54,29 +56,48 @@ TRAINED = ("B/2 reverse batch 64", "B/2 forward batch 64")
 NORM = [("B/2 batch 1", 264, 768), ("B/2 batch 64", 64 * 264, 768), ("B/2 batch 256", 256 * 264, 768)]
 COMPILED = {("affine_encode", "fp32, 403 MB"), ("attention_qkv", "B/2 reverse batch 64")}
 COMPILED |= {(op, "B/2 batch 64") for op in ("add_norm", "gate swiglu")}
+BACKENDS = {False: "inductor", True: "eager"}  # a dry run has of the compiler what is before the code generator
 L2_BYTES = 30e6  # sets above this are timed from memory, others from the cache
 
 
 def cases(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
-    every = [
-        *affine(timer, limits, dry),
-        *jacobi_update(timer, limits, dry),
-        *attention(timer, limits, dry),
-        *norm_and_gate(timer, limits, dry),
-    ]
-    yield from every
-    for case in every if not dry else []:
+    yield from affine(timer, limits, dry)
+    yield from jacobi_update(timer, limits, dry)
+    yield from attention(timer, limits, dry)
+    yield from norm_and_gate(timer, limits, dry)
+
+
+def compiled(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
+    for case in cases(timer, limits, dry):
         if (case.labels["op"], case.labels["case"]) in COMPILED:
-            yield Case(case.labels | {"case": case.labels["case"] + ", compiled"}, partial(case.run, compiled=True))
+            yield Case(case.labels, partial(case.run, backend=BACKENDS[dry]), needs=10.0, limit=90.0)
 
 
-def _contestants(calls: dict[str, Call | Callable[[], Call]], compiled: bool) -> dict[str, Call | Callable[[], Call]]:
-    """compiled: ours against torch.compile of "eager" alone."""
-    if not compiled:
+def _contestants(calls: dict[str, Call | Callable[[], Call]], backend: str | None) -> dict:
+    """backend: of torch.compile, then ours against the compiled "eager" alone."""
+    if backend is None:
         return calls
     eager = calls["eager"].f
-    function = torch.compile(eager.func, dynamic=False)
+    function = torch.compile(eager.func, dynamic=False, backend=backend)
     return {"ours": calls["ours"], "compile": Call(partial(function, *eager.args, **eager.keywords))}
+
+
+def _wide(value: object) -> object:
+    """In fp64, what floats there are in it: the reference's arguments."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().double()
+    return tuple(map(_wide, value)) if isinstance(value, tuple) else value
+
+
+def _check(f: Callable, inputs: tuple, options: dict, gradients: bool = False) -> Callable[[object], float]:
+    """The error of a result, or of its gradients, against f of the same inputs in fp64."""
+    inputs, options = _wide(inputs), {name: _wide(value) for name, value in options.items()}
+    if gradients:
+        want = _backward(f, inputs, options).f()
+    else:
+        with torch.no_grad():
+            want = f(*inputs, **options)
+    return partial(error, want=want)
 
 
 def _row(times: Times, limit: float | None, moved: float, **amounts: float) -> dict:
@@ -101,16 +122,17 @@ def affine(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
                 yield Case(labels, partial(_affine, timer, limits, dry, case, direction, bool(what)))
 
 
-def _affine(timer, limits, dry, case, direction, gradients, compiled=False) -> dict:
+def _affine(timer, limits, dry, case, direction, gradients, backend=None) -> dict:
     _, (B, T, D), data, net, options = case
     B = B if not dry else 1
     x = _randn(timer, B, T, D).to(data)
     params = (0.5 * _randn(timer, B, T, 2 * D)).to(net)
     functions = {who: getattr(m, f"affine_{direction}") for who, m in (("ours", ops), ("eager", reference))}
+    check = _check(functions["eager"], (x, params), options, gradients)
     if gradients:
         moved = x.numel() * (3 * data.itemsize + 4 * net.itemsize)
         calls = {who: partial(_backward, f, (x, params), options) for who, f in functions.items()}
-        times = timer(calls, cold=moved > L2_BYTES)
+        times = timer(calls, cold=moved > L2_BYTES, check=check)
     else:
         moved = x.numel() * (2 * data.itemsize + 2 * net.itemsize)
         calls = {who: Call(partial(f, x, params, **options)) for who, f in functions.items()}
@@ -123,7 +145,7 @@ def _affine(timer, limits, dry, case, direction, gradients, compiled=False) -> d
         ):
             calls["cupy"] = partial(_cupy_encode, x, params)
         with torch.no_grad():
-            times = timer(_contestants(calls, compiled), cold=moved > L2_BYTES)
+            times = timer(_contestants(calls, backend), cold=moved > L2_BYTES, check=check)
     return _row(times, bound(limits, {"copy": moved}), moved, gb_s=moved / 1e9)
 
 
@@ -149,11 +171,13 @@ def _cupy_encode(x: torch.Tensor, params: torch.Tensor) -> Call:
     )
     given = [cupy.from_dlpack(t) for t in (x, params)]
     out = cupy.empty(given[0].shape, given[0].dtype)
+    z = torch.from_dlpack(out)
     stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
 
     def call():
         with stream:
             kernel(*given, x.shape[1], x.shape[2], out)
+        return z
 
     return Call(call, graph=False)
 
@@ -164,18 +188,28 @@ def jacobi_update(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]
         yield Case(labels, partial(_jacobi_update, timer, limits, dry, case))
 
 
-def _jacobi_update(timer, limits, dry, case, compiled=False) -> dict:
+def _jacobi_update(timer, limits, dry, case) -> dict:
     _, (B, T, D), window, options = case
     B = B if not dry else 1
     x, raw = _randn(timer, B, T, D), 0.5 * _randn(timer, B, T, 2 * D)
-    given = (x, x.roll(1, 1), raw, torch.empty(2, B, device=timer.device))
+    z, moved_by = x.roll(1, 1), torch.empty(2, B, device=timer.device)
     options = options | {"start": T - window, "stop": T}
+
+    def updated(update: Callable, x: torch.Tensor, z: torch.Tensor, raw: torch.Tensor) -> tuple:
+        """Of copies: what is timed writes into x."""
+        x, moved = x.clone(), torch.empty_like(moved_by, dtype=x.dtype)
+        update(x, z, raw, moved, **options)
+        return x, moved
+
+    functions = {who: m.jacobi_update_ for who, m in (("ours", ops), ("eager", reference))}
+    check = _check(partial(updated, functions["eager"]), (x, z, raw), {})
     calls = {
-        who: Call(partial(m.jacobi_update_, *given, **options)) for who, m in (("ours", ops), ("eager", reference))
+        who: Call(partial(f, x.clone(), z, raw, moved_by, **options), result=partial(updated, f, x, z, raw))
+        for who, f in functions.items()
     }
     moved = 5 * 4 * B * window * D
     with torch.no_grad():
-        times = timer(_contestants(calls, compiled), cold=moved > L2_BYTES)
+        times = timer(calls, cold=moved > L2_BYTES, check=check)
     return _row(times, bound(limits, {"copy": moved}), moved, gb_s=moved / 1e9)
 
 
@@ -199,45 +233,52 @@ def _attention_inputs(timer: Timer, dry: bool, case: tuple) -> tuple[torch.Tenso
     return _randn(timer, B, T, 3 * H * d).to(BF16), options, 4 * B * H * T * T * d * (0.5 if causal else 1)
 
 
-def _attention(timer, limits, dry, case, compiled=False) -> dict:
+def _attention(timer, limits, dry, case, backend=None) -> dict:
     qkv, options, flops = _attention_inputs(timer, dry, case)
-    q, k, v = qkv.unflatten(2, (3, options["heads"], -1)).permute(2, 0, 3, 1, 4)
+    check = _check(reference.attention_qkv, (qkv,), options)
+    heads = torch_heads(qkv, **{key: value for key, value in options.items() if key != "causal"})
+    alone = partial(F.scaled_dot_product_attention, *heads, is_causal=options["causal"])
     calls = {
         "ours": Call(partial(ops.attention_qkv, qkv, **options)),
         "eager": Call(partial(torch_attention, qkv, **options)),
-        "sdpa_alone": Call(partial(F.scaled_dot_product_attention, q, k, v, is_causal=options["causal"])),
+        "sdpa_alone": Call(alone, result=lambda: alone().transpose(1, 2).flatten(2)),
     }
     moved = qkv.numel() * 2 * 4 / 3
     with torch.no_grad():
-        times = timer(_contestants(calls, compiled), cold=moved > L2_BYTES)
+        times = timer(_contestants(calls, backend), cold=moved > L2_BYTES, check=check)
     return _row(times, bound(limits, {"copy": moved, "bf16 GEMM": flops}), moved, tflop_s=flops / 1e12)
 
 
 def _attention_trained(timer, limits, dry, case) -> dict:
-    """Training goes through torch's fused attention; the reference stores the logits."""
+    """Training goes through torch's fused attention: ours is eager's, with checks."""
     qkv, options, flops = _attention_inputs(timer, dry, case)
+    check = _check(reference.attention_qkv, (qkv,), options, gradients=True)
     qkv.requires_grad_()
     grad = torch.ones_like(qkv[..., : qkv.shape[2] // 3])
 
     def call(f):
         return torch.autograd.grad(f(qkv, **options), qkv, grad)
 
-    calls = {who: Call(partial(call, m.attention_qkv), graph=False) for who, m in (("ours", ops), ("eager", reference))}
+    functions = {"ours": ops.attention_qkv, "eager": torch_attention}
+    calls = {who: Call(partial(call, f), graph=False) for who, f in functions.items()}
     moved, flops = qkv.numel() * 2 * 4, 3 * flops
-    times = timer(calls, cold=moved > L2_BYTES)
+    times = timer(calls, cold=moved > L2_BYTES, check=check)
     return _row(times, bound(limits, {"copy": moved, "bf16 GEMM": flops}), moved, tflop_s=flops / 1e12)
 
 
-def torch_attention(qkv, *, heads, causal, q_norm=None, k_norm=None, rope=None, prefix=0):
+def torch_attention(qkv, *, causal, **options):
     """What a model does without a fused op: norms, rotation, torch's fused attention, a transpose."""
-    batch, length, width = qkv.shape
-    q, k, v = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    o = F.scaled_dot_product_attention(*torch_heads(qkv, **options), is_causal=causal)
+    return o.transpose(1, 2).flatten(2)
+
+
+def torch_heads(qkv, *, heads, q_norm=None, k_norm=None, rope=None, prefix=0):
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     if q_norm is not None:
         q, k = (F.rms_norm(t.float(), t.shape[-1:], w, 1e-6).to(t.dtype) for t, w in ((q, q_norm), (k, k_norm)))
     if rope is not None:
         q, k = apply_rope(q, *rope, prefix), apply_rope(k, *rope, prefix)
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return o.transpose(1, 2).reshape(batch, length, width // 3)
+    return q, k, v
 
 
 def norm_and_gate(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
@@ -249,26 +290,28 @@ def norm_and_gate(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]
                 yield Case({"op": op + what, "case": name}, run)
 
 
-def _norm_or_gate(timer, limits, op, count, width, gradients, compiled=False) -> dict:
-    # ours, eager, bytes an element of the first input: forward and backward
-    ours, eager, *bytes_each = {
-        "add_norm": (partial(ops.add_norm, kind="rmsnorm", eps=1e-6), torch_add_norm, 12, 16),
-        "gate swiglu": (partial(ops.gate, kind="swiglu"), torch_gate, 3, 5),
-        "gate gelu": (partial(ops.gate, kind="gelu"), F.gelu, 4, 6),
+def _norm_or_gate(timer, limits, op, count, width, gradients, backend=None) -> dict:
+    # name and options of the op, eager, bytes an element of the first input: forward and backward
+    name, options, eager, *bytes_each = {
+        "add_norm": ("add_norm", {"kind": "rmsnorm", "eps": 1e-6}, torch_add_norm, 12, 16),
+        "gate swiglu": ("gate", {"kind": "swiglu"}, torch_gate, 3, 5),
+        "gate gelu": ("gate", {"kind": "gelu"}, F.gelu, 4, 6),
     }[op]
+    ours = partial(getattr(ops, name), **options)
     if op == "add_norm":
         weight = torch.ones(width, device=timer.device)
         given = (_randn(timer, count, width).to(BF16), _randn(timer, count, width), weight)
     else:
         given = (_randn(timer, count, 2 * 2048).to(BF16),)
     moved = bytes_each[gradients] * given[0].numel()
+    check = _check(getattr(reference, name), given, options, gradients)
     if gradients:
         calls = {who: partial(_backward, f, given, {}) for who, f in (("ours", ours), ("eager", eager))}
-        times = timer(calls, cold=moved > L2_BYTES)
+        times = timer(calls, cold=moved > L2_BYTES, check=check)
     else:
         calls = {who: Call(partial(f, *given)) for who, f in (("ours", ours), ("eager", eager))}
         with torch.no_grad():
-            times = timer(_contestants(calls, compiled), cold=moved > L2_BYTES)
+            times = timer(_contestants(calls, backend), cold=moved > L2_BYTES, check=check)
     return _row(times, bound(limits, {"copy": moved}), moved, gb_s=moved / 1e9)
 
 

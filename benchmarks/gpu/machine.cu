@@ -38,12 +38,29 @@ __global__ void read_shares(const uint4* data, int64_t words, int passes, unsign
   if (sum == 0x12345678u) *out = sum;  // keeps the loads
 }
 
+constexpr const char* kNoTime = "took no measurable time";
+const char* failure = kNoTime;  // why the measurement under way fails, if it does
+
 bool check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
-  return status == cudaSuccess;
+  if (status == cudaSuccess) return true;
+  failure = cudaGetErrorString(status);
+  std::fprintf(stderr, "%s: %s\n", what, failure);
+  return false;
 }
 
-// Seconds of run(), the best of five.
+// The rest of a row: what `many` and `few` runs in seconds say, or why they say nothing.
+template <class F>
+bool finish(double many, double few, F&& number) {
+  const bool good = few > 0 && many > few;
+  if (good)
+    number(many - few);
+  else
+    std::printf("\"failed\": \"%s\"}\n", failure);
+  failure = kNoTime;
+  return good;
+}
+
+// Seconds of run(), the best of five; -1: it failed.
 template <class F>
 double seconds(F&& run) {
   cudaEvent_t start, stop;
@@ -65,14 +82,15 @@ double seconds(F&& run) {
 
 int main() {
   namespace arch = biflow::arch;
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // whole rows, whatever goes to stderr in between
   const int blocks = arch::multiprocessors();
   GridBarrier* barrier = nullptr;
   if (!check(cudaMalloc(reinterpret_cast<void**>(&barrier), sizeof(GridBarrier)), "cudaMalloc")) return 1;
   bool good = true;
   const auto report = [&](const char* name, int count, double many, double few) {
-    good = good && many > 0 && few > 0;
-    std::printf("{\"number\": \"grid barrier, %s\", \"blocks\": %d, \"us\": %.4f}\n", name, blocks,
-                (many - few) / (count - 1) * 1e6);
+    std::printf("{\"number\": \"grid barrier, %s\", \"blocks\": %d, ", name, blocks);
+    const auto print = [&](double time) { std::printf("\"us\": %.4f}\n", time / (count - 1) * 1e6); };
+    good = finish(many, few, print) && good;
   };
   constexpr int kCount = 10000;
   const auto timed = [&](auto kernel, int count) {
@@ -105,10 +123,12 @@ int main() {
                               static_cast<const uint4*>(data), words, count, out);
         });
       };
-      const double many = run(passes), one = run(1);
-      good = good && many > 0;
-      std::printf("{\"number\": \"weights read by all\", \"mb\": %.1f, \"blocks\": %d, \"gb_s\": %.0f}\n", megabytes,
-                  blocks * per_multiprocessor, words * 16.0 * (passes - 1) / (many - one) / 1e9);
+      std::printf("{\"number\": \"weights read by all\", \"mb\": %.1f, \"blocks\": %d, ", megabytes,
+                  blocks * per_multiprocessor);
+      const auto print = [&](double time) {
+        std::printf("\"gb_s\": %.0f}\n", words * 16.0 * (passes - 1) / time / 1e9);
+      };
+      good = finish(run(passes), run(1), print) && good;
     }
     cudaFree(data);
   }

@@ -9,6 +9,7 @@ status AGAIN: started again, it goes on after that row.
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -78,7 +79,7 @@ def _watched(run: Callable[[], object], seconds: float, give_up: Callable[[], No
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("limits", "decode", "kernels", "models"))
+    parser.add_argument("part", choices=("limits", "decode", "models", "kernels", "compiled"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--until", type=float, default=math.inf)
     parser.add_argument("--peer-ml-tarflow")
@@ -99,6 +100,8 @@ def main() -> int:
         cases = kernels.cases(timer, found, dry)
     elif args.part == "models":
         cases = models.cases(timer, found, dry, args.peer_ml_tarflow)
+    elif args.part == "compiled":
+        cases = itertools.chain(models.compiled(timer, found, dry), kernels.compiled(timer, found, dry))
     else:
         cases = None
     if cases is not None:

@@ -13,7 +13,7 @@ ATTENTION = (
     (1, 460, 128, False, torch.bfloat16),  # more keys than shared memory holds
 )
 # [persistent, row_tiles, blocks, splits, warps, norm_in_place] by csrc/decode_block.h
-DECODES = ([1, 1, 3, 1, 8, 1], [0, 1, 2, 3, 8, 1], [1, 2, 4, 1, 2, 0], [0, 4, 2, 1, 1, 0])
+DECODES = ([1, 1, 3, 1, 8, 1], [0, 1, 3, 3, 8, 1], [1, 2, 4, 1, 2, 0], [0, 4, 2, 1, 1, 0])
 # of 330 tokens, by csrc/attention.h: streamed, two tiles of rows a warp, both
 PLANS = ([1, 4, 6, 3], [2, 2, 6, 6], [2, 4, 3, 3])
 

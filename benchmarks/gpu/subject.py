@@ -12,16 +12,14 @@ from biflow.models import TarFlow
 from biflow.models.block import Block
 from biflow.models.layers import patchify
 
+from .parity import WrongResult
+
 SHORT = 16  # tokens of the prefix that shows what a call costs, and that it is right
 ROWS = 4  # samples, spread over the batch, whose whole result is checked
 # largest root mean square error, as a share of that of x - z: a decode that returns z is off by 1
 BOUNDS = {"fp32": 1e-3, "bf16": 0.1}
 # of a dry run: 16 tokens
 TINY = {"width": 64, "num_blocks": 2, "layers_per_block": 1}
-
-
-class WrongResult(Exception):
-    """A decode that is off by more than rounding: its time would mean nothing."""
 
 
 class Subject:

@@ -13,24 +13,30 @@ FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU there is
 
 @dataclass
 class Call:
-    """f() without arguments. graph: whether it can be recorded; a call that is timed with its launches cannot."""
+    """f() without arguments. graph: whether it can be recorded; a call that is timed with its launches cannot.
+
+    result: what f computes, where f does not return it.
+    """
 
     f: Callable[[], object]
     graph: bool = True
+    result: Callable[[], object] | None = None
 
 
 @dataclass
 class Times:
-    """Median seconds a call; why a call has none."""
+    """Median seconds a call; why a call has none; how far off its result was."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
     def row(self, per_call: Callable[[float], dict]) -> dict:
-        """per_call(seconds) of "ours", how many times its time the others take ("x_..."), and what failed."""
+        """per_call(seconds) of "ours" and its error, how many times its time the others take ("x_..."), what failed."""
         row, ours = {}, self.seconds.get("ours")
         if ours is not None:
             row = per_call(ours) | {f"x_{name}": t / ours for name, t in self.seconds.items() if name != "ours"}
+            row |= {"error": self.errors["ours"]} if "ours" in self.errors else {}
         if self.failed:
             row["failed"] = "; ".join(f"{name}: {why}" for name, why in self.failed.items())
         return row
@@ -52,14 +58,25 @@ class Timer:
         self.device, self.rounds = device, rounds
         self._flush = torch.empty(FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
 
-    def __call__(self, calls: dict[str, Call | Callable[[], Call]], *, cold: bool, seconds: float = 2.0) -> Times:
+    def __call__(
+        self,
+        calls: dict[str, Call | Callable[[], Call]],
+        *,
+        cold: bool,
+        seconds: float = 2.0,
+        check: Callable[[object], float] | None = None,
+    ) -> Times:
         """calls: or functions that make them, where that may fail. seconds: about how long it may take in all; a call
-        that takes long gets fewer rounds, at least three."""
+        that takes long gets fewer rounds, at least three. check: gets what a call computes, returns its error; where
+        it raises (parity.py), the call is not timed."""
         repeats = 1 if cold or self.device.type != "cuda" else 20
-        ready, first, times, failed = {}, {}, {name: [] for name in calls}, {}
+        ready, first, times, failed, errors = {}, {}, {name: [] for name in calls}, {}, {}
         for name, call in calls.items():
             try:
-                play = self._prepare(call if isinstance(call, Call) else call(), repeats)
+                call = call if isinstance(call, Call) else call()
+                if check is not None:
+                    errors[name] = check((call.result or call.f)())
+                play = self._prepare(call, repeats)
                 first[name], ready[name] = self._event(play, cold), play
             except Exception as error:
                 failed[name] = reason(error)
@@ -72,7 +89,7 @@ class Timer:
                         times[name].append(self._event(ready[name], cold) / repeats)
                 except Exception as error:
                     failed[name] = reason(error)
-        return Times({name: statistics.median(t) for name, t in times.items() if name not in failed}, failed)
+        return Times({name: statistics.median(t) for name, t in times.items() if name not in failed}, failed, errors)
 
     def few(self, call: Callable[[], object], *, seconds: float = 2.0, most: int = 7) -> float:
         """Median seconds of a call that takes long and has run before: of as many as fit, at least one.

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from biflow.models import TarFlow
+from biflow.models import TarFlow, TarFlowConfig
 from biflow.models.layers import class_rows
 
 from . import Peer
 
 BACKEND, MODE = "inductor", "default"
-# what the step can do, of TarFlowConfig
-_FIXED = {
+# what plain networks here can do, of TarFlowConfig
+FIXED = {
     "class_tokens": 0,
     "context_dim": 0,
     "norm": "layernorm",
@@ -32,6 +32,12 @@ _FIXED = {
     "scale": "exp",
     "clip": None,
 }
+
+
+def check_options(peer: str, config: TarFlowConfig) -> None:
+    for name, only in FIXED.items():
+        if getattr(config, name) != only:
+            raise ValueError(f"{name}: the {peer} peer has {only!r} only, got {getattr(config, name)!r}")
 
 
 def _step(
@@ -87,9 +93,7 @@ def static_cache(
     a flow that is not on a GPU.
     """
     c, device = flow.config, flow.var.device
-    for name, only in _FIXED.items():
-        if getattr(c, name) != only:
-            raise ValueError(f"{name}: the compiled peer has {only!r} only, got {getattr(c, name)!r}")
+    check_options("compiled", c)
     if graph and device.type != "cuda":
         raise ValueError(f"graph: expected a flow on a GPU, got one on {device}")
     step = _step

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from biflow import reference
-from biflow.models.layers import Layer, class_rows, unpatchify
+from biflow.models.layers import Layer, Norm, class_rows, unpatchify
 from biflow.models.tarflow import Block, TarFlow
 from biflow.ops.attention import apply_rope
 from biflow.solvers import Guidance
@@ -113,7 +113,7 @@ def _run_layers(
 ) -> Tensor:
     """h (B,N,C), new tokens, through all layers; appends their keys and values. N > 1 is the prefix, causal."""
     for i, layer in enumerate(block.layers):
-        q, k, v = _heads(layer, h)
+        q, k, v = eager_heads(layer, h)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if temperature is not None:
@@ -123,19 +123,33 @@ def _run_layers(
         caches[i] = (k, v)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=h.shape[1] > 1, scale=layer.head_dim**-0.5)
         h = h + layer.proj(o.transpose(1, 2).flatten(2))
-        m = layer.fc1(layer.norm2(h))
-        if layer.gate == "swiglu":
-            a, b = m.chunk(2, dim=-1)
-            m = F.silu(a) * b
-        else:
-            m = F.gelu(m)
-        h = h + layer.fc2(m)
+        h = h + eager_mlp(layer, h)
     return h
 
 
-def _heads(layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = layer.qkv(layer.norm1(h)).unflatten(-1, (3, -1, layer.head_dim)).permute(2, 0, 3, 1, 4)
-    return (q, k, v) if layer.q_norm is None else (layer.q_norm(q), layer.k_norm(k), v)
+# --- what any network in plain torch needs of a layer; benchmarks/peers/plain.py has the parallel passes
+
+
+def eager_heads(layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B,H,N,d) of the residual stream h (B,N,C)."""
+    x = layer.qkv(eager_norm(layer.norm1, h))
+    q, k, v = x.unflatten(-1, (3, layer.heads, layer.head_dim)).permute(2, 0, 3, 1, 4)
+    return (q, k, v) if layer.q_norm is None else (eager_norm(layer.q_norm, q), eager_norm(layer.k_norm, k), v)
+
+
+def eager_mlp(layer: Layer, h: Tensor) -> Tensor:
+    m = layer.fc1(eager_norm(layer.norm2, h))
+    if layer.gate == "swiglu":
+        a, b = m.chunk(2, dim=-1)
+        return layer.fc2(F.silu(a) * b)
+    return layer.fc2(F.gelu(m))
+
+
+def eager_norm(norm: Norm, x: Tensor) -> Tensor:
+    """torch's own: `norm(x)` would launch our kernel on a GPU."""
+    if norm.kind == "layernorm":
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
 
 def _affine(block: Block, z: Tensor, raw: Tensor) -> Tensor:

@@ -245,7 +245,9 @@ class Iterates(States):
     def forget(self) -> None:
         """Drop every copy of the weights, and every state that no iteration uses."""
         for device in {w.own.device for w in self._weights.values()}:
-            self.keep(workspace(device), [])
+            space = workspace(device)
+            with space.lock:
+                self.keep(space, [])
         self._weights = {}
 
     def start(self, block: "Block", z: Tensor, precisions: tuple[str, ...], options: dict, period: int | None):

@@ -61,8 +61,11 @@ class Sequential(States):
     def forget(self) -> None:
         """Drop every copy of the weights, and every graph."""
         for device in {w.device for w in self._weights.values()}:
-            workspace(device).recorder.wait()
-        self._weights, self._packed_in, self.states = {}, {}, []
+            space = workspace(device)
+            with space.lock:
+                space.recorder.wait()
+                self.states = []
+        self._weights, self._packed_in = {}, {}
 
     def decode(self, block: "Block", z: Tensor, precision: str, options: dict, period: int | None) -> Tensor:
         """x (B,T,D) with encode(x) = z, both in data order.
@@ -72,7 +75,7 @@ class Sequential(States):
         """
         space = workspace(z.device)
         with torch.inference_mode(False), torch.no_grad(), space.lock, space.recorder.turn(z.device):
-            weights, table = self._current(block, precision, period), block.class_embed
+            weights, table = self._current(space, block, precision, period), block.class_embed
             live = replace(weights, class_embed=table, class_mean=None if table is None else table.mean(0))
             check_block_call("z", z, live, block.config, **options)
             if z.numel() == 0:
@@ -92,11 +95,11 @@ class Sequential(States):
             finally:
                 state.caches.give_back()
 
-    def _current(self, block: "Block", precision: str, period: int | None) -> ops.BlockWeights:
+    def _current(self, space: Workspace, block: "Block", precision: str, period: int | None) -> ops.BlockWeights:
         kept = self._weights.get(precision)
         if kept is None or period is None or self._packed_in[precision] != period:
             tensors, c = block.weights(), block.config
-            packed = packed_weights(tensors, c, precision)
+            packed = space.allocate(lambda: packed_weights(tensors, c, precision))
             if kept is None:
                 kept = self._weights[precision] = block_weights(tensors, c, precision, packed, None)
             else:

@@ -292,8 +292,9 @@ class TarFlow(PassModule):
                 relative to max(1, |v|). In precision "bf16" those below 1e-2 count as 1e-2. Samples that do not get
                 there in time, because the coupling of their tokens is too strong or because tol is below rounding,
                 are decoded sequentially, which is exact and ignores tol. tol bounds the residual of each block; the
-                next may amplify what is left. A sample of the sequential solver has the same bits in every batch, one
-                of the others is the same up to tol: passes go on until the last sample has converged.
+                next may amplify what is left. On a CPU a sample of the sequential solver has the same bits in every
+                batch (on a GPU the order of some sums follows its size), one of the others is the same up to tol:
+                passes go on until the last sample has converged.
             return_info: also return a `solvers.DecodeInfo` with the residual of each sample, and the solver, passes and
                 fallbacks of each block; costs one encode, two with guidance.
 

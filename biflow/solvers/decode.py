@@ -51,7 +51,8 @@ def solve(
 ) -> tuple[Tensor, int, tuple[int, ...]]:
     """Invert one block: x (B,T,D) with G(x) = z, network evaluations and fallbacks as in `DecodeInfo`.
 
-    Samples on which the iteration fails are decoded sequentially, to the bits that the sequential solver gives.
+    Samples on which the iteration fails are decoded sequentially; on a CPU to the bits that the sequential solver gives
+    the whole batch.
     """
     if method.solver == "sequential":
         return block.decode_sequential(z, condition), block.sequential_passes, ()

@@ -100,7 +100,7 @@ class InvertibleBlock(Protocol):
         """Network evaluations of `decode_sequential`, one a token."""
 
     def decode_sequential(self, z: Tensor, condition: Condition) -> Tensor:
-        """x with G(x) = z, token by token. A sample's bits do not depend on the rest of the batch."""
+        """x with G(x) = z, token by token. On a CPU a sample's bits do not depend on the batch."""
 
     def residual(self, x: Tensor, z: Tensor, condition: Condition) -> Tensor:
         """(B,) max |G(x) - z| over tokens and channels, by one parallel pass in fp32 with the guided parameters."""

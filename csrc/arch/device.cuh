@@ -211,8 +211,8 @@ BIFLOW_DEVICE uint32_t fetch_add_relaxed(uint32_t* p, uint32_t v) {
   return old;
 }
 
-// In a loop that waits for other blocks; turn: of the loop. With BIFLOW_WATCHDOG (CMake) a kernel that waits for seconds
-// ends with an error instead of holding the GPU for ever.
+// In a loop that waits for other blocks; turn: of the loop. With BIFLOW_WATCHDOG (CMake) a kernel that waits for
+// seconds ends with an error instead of holding the GPU for ever.
 BIFLOW_DEVICE void spin(uint32_t turn = 0) {
 #ifdef BIFLOW_WATCHDOG
   if (turn == 1u << 26) __trap();

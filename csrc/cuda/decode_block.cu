@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "cuda/decode_block.cuh"
+#include "cuda/decode_block_state.cuh"
 
 namespace biflow::cuda {
 namespace {
@@ -65,18 +65,20 @@ bool is_valid(const DecodeBlockParams& p, const DecodePlan& plan) {
 }  // namespace
 
 DecodePlan decode_plan(const DecodeBlockParams& p) {
-  constexpr int kTokensOfSplit = 32;  // fewer would not pay for joining the splits
+  constexpr int kTokensOfSplit = 128;  // with fewer, joining the splits takes as long as the split saves: an estimate
   const int64_t rows = rows_of(p), processors = arch::multiprocessors();
   DecodePlan plan;
   plan.persistent = arch::takes_cooperative_launches();
   plan.row_tiles = rows <= kRowTile ? 1 : rows <= 4 * kRowTile ? 2 : 4;
   plan.norm_in_place = plan.row_tiles == 1;
   const auto fits = [&] { return shared_of(p, plan) <= arch::shared_memory_limit(); };
-  if (plan.norm_in_place && !fits()) plan.norm_in_place = false;
-  if (!fits()) plan.persistent = false;
   while (plan.row_tiles > 1 && !fits()) plan.row_tiles /= 2;
+  if (!fits()) plan.norm_in_place = false;
   const int64_t groups = divide_up(rows, kRowTile * plan.row_tiles);
-  plan.blocks = static_cast<int>(std::max(processors, groups));
+  // more blocks than the widest product has columns for would only make the barriers slower
+  const int64_t tiles =
+      divide_up(std::max({3 * p.shape.width, p.shape.fc1_rows(), p.shape.raw_columns()}), kFragmentColumns);
+  plan.blocks = static_cast<int>(std::max(std::min(processors, groups * tiles), groups));
   if (plan.blocks > processors) plan.persistent = false;
 
   const int64_t queries = rows * p.shape.heads(), warps = plan.blocks * int64_t{kDecodeWarps};

@@ -24,9 +24,9 @@ class StepAttention {
     const int warps = s_.plan.warps, at_once = kDecodeWarps / warps, warp = threadIdx.x / 32;
     const int64_t queries = static_cast<int64_t>(s_.rows) * s_.heads, items = queries * s_.plan.splits;
     int turn = 0;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * at_once; first < items;
-         first += static_cast<int64_t>(gridDim.x) * at_once, turn ^= 1) {
-      const int64_t item = first + warp / warps;
+    const int64_t blocks = gridDim.x;  // neighbouring items go to different ones
+    for (int64_t first = blockIdx.x; first < items; first += blocks * at_once, turn ^= 1) {
+      const int64_t item = first + blocks * (warp / warps);
       float* const own = exchange_ + (turn * kDecodeWarps + warp) * (s_.head_stride + 2);
       const bool valid = item < items;
       const int64_t query = valid ? item % queries : 0;
@@ -47,6 +47,28 @@ class StepAttention {
 
  private:
   using Eight = arch::Vector<Act, 8>;
+  static constexpr int kAhead = sizeof(Act) == 2 ? 4 : 2;  // rounds of keys whose loads are under way at once
+
+  // Eight cached channels as they lie in memory, written by this launch.
+  struct Words {
+    uint4 word[sizeof(Act) / 2];
+
+    BIFLOW_DEVICE static Words load(const Act* from) {
+      Words w;
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(Act)) / 2; ++i)
+        w.word[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+      return w;
+    }
+    BIFLOW_DEVICE void to(float (&x)[8]) const {
+      Act v[8];
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(Act)) / 2; ++i)
+        memcpy(reinterpret_cast<unsigned char*>(v) + 16 * i, &word[i], 16);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = arch::to_float(v[i]);
+    }
+  };
 
   BIFLOW_DEVICE void clear() {
     top_ = -INFINITY, sum_ = 0;
@@ -73,15 +95,24 @@ class StepAttention {
     Act* const cached =
         static_cast<Act*>(s_.cache) + ((static_cast<int64_t>(layer) * s_.rows + row) * s_.heads + head) * 2 * half;
     const int cached_end = end < step ? end : step;
-#pragma unroll 2
-    for (int first = begin + member * keys; first < cached_end; first += warps * keys) {
-      const bool counts = inside_ && first + group_ < cached_end;
-      const int64_t at =
-          static_cast<int64_t>(counts ? first + group_ : begin) * s_.head_stride + (inside_ ? channel_ : 0);
-      float k[8], v[8];
-      load_cached(k, cached + at);
-      load_cached(v, cached + half + at);
-      weigh(q, k, v, counts, first + group_ < cached_end);
+    for (int first = begin + member * keys; first < cached_end; first += kAhead * warps * keys) {
+      Words k[kAhead], v[kAhead];  // all are on their way before the first is used
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int token = first + i * warps * keys + group_;
+        const bool counts = inside_ && token < cached_end;
+        const int64_t at = static_cast<int64_t>(counts ? token : begin) * s_.head_stride + (inside_ ? channel_ : 0);
+        k[i] = Words::load(cached + at);
+        v[i] = Words::load(cached + half + at);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const bool valid = first + i * warps * keys + group_ < cached_end;
+        float key[8], value[8];
+        k[i].to(key);
+        v[i].to(value);
+        weigh(q, key, value, inside_ && valid, valid);
+      }
     }
     if (end == tokens && begin < tokens && member == 0) {  // this step's own token
       float k[8], v[8];
@@ -119,18 +150,6 @@ class StepAttention {
       float2 pair = {0, 0};
       if (channel_ + i < s_.head_dim) pair = __ldcg(reinterpret_cast<const float2*>(from + i));
       x[i] = pair.x, x[i + 1] = pair.y;
-    }
-  }
-
-  BIFLOW_DEVICE void load_cached(float (&x)[8], const Act* from) const {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(Act)) / 2; ++i) {
-      const uint4 word = __ldcg(reinterpret_cast<const uint4*>(from) + i);
-      Act part[16 / sizeof(Act)];
-      memcpy(static_cast<void*>(part), &word, 16);
-#pragma unroll
-      for (int j = 0; j < static_cast<int>(16 / sizeof(Act)); ++j)
-        x[i * (16 / sizeof(Act)) + j] = arch::to_float(part[j]);
     }
   }
 

@@ -84,7 +84,7 @@ template <class Act>
 BIFLOW_DEVICE void normalize(const DecodeState& s, const DecodePlace& at) {
   const RowNorm norm(s, at.layer, at.phase == DecodePhase::norm1);
   const int lane = threadIdx.x % 32, step = static_cast<int>(gridDim.x) * kDecodeWarps;
-  for (int row = static_cast<int>(blockIdx.x * kDecodeWarps + threadIdx.x / 32); row < s.rows; row += step) {
+  for (int row = static_cast<int>(blockIdx.x + threadIdx.x / 32 * gridDim.x); row < s.rows; row += step) {
     const float* const x = s.x + static_cast<int64_t>(row) * s.x_stride;
     Moments m;
     for (int c = 4 * lane; c < s.width; c += 128) {

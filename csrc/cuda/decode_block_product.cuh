@@ -56,36 +56,39 @@ class StepProducts {
     return static_cast<int64_t>(row_group_ * kRows + row) * s_.x_stride;
   }
 
-  // 16 bytes of a row of activations: inputs from `c` on.
+  // The activations of a phase, as they lie in memory; null: the splits of attention have to be joined.
+  struct Source {
+    const unsigned char* rows;
+    int64_t stride;  // bytes
+  };
   template <class T>
-  BIFLOW_DEVICE float4 activations(const DecodePlace& at, int row, int c) const {
-    if (row >= rows_here()) return {0, 0, 0, 0};
-    const int64_t global_row = row_group_ * kRows + row;
-    const void* from;
+  BIFLOW_DEVICE Source source(const DecodePlace& at) const {
+    const void* from = s_.y;
     int64_t stride = s_.x_stride;
-    switch (at.phase) {
-      case DecodePhase::proj:
-        if (s_.plan.splits > 1) return joined_splits<T>(global_row, c);
-        from = s_.o;
-        break;
-      case DecodePhase::fc2:
-        from = s_.h, stride = s_.h_stride;
-        break;
-      case DecodePhase::head:
-        from = s_.x;
-        break;
-      default:
-        from = s_.y;
-    }
-    return __ldcg(reinterpret_cast<const float4*>(static_cast<const T*>(from) + global_row * stride + c));
+    if (at.phase == DecodePhase::proj) from = s_.plan.splits > 1 ? nullptr : s_.o;
+    if (at.phase == DecodePhase::fc2) from = s_.h, stride = s_.h_stride;
+    if (at.phase == DecodePhase::head) from = s_.x;
+    return {static_cast<const unsigned char*>(from), stride * static_cast<int64_t>(sizeof(T))};
+  }
+
+  // 16 bytes of a row: inputs from `c` on; zeros where there is no such row or, if not `inside`, no such block. One
+  // load without branches: many of them are to be under way at once.
+  template <class T>
+  BIFLOW_DEVICE float4 activations(const Source& from, int row, int c, bool inside) const {
+    const bool read = inside && row < rows_here();
+    const int64_t global_row = row_group_ * kRows + (read ? row : 0);
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(from.rows + global_row * from.stride +
+                                                            (read ? c : 0) * static_cast<int64_t>(sizeof(T))));
+    return read ? x : float4{0, 0, 0, 0};
   }
 
   // The result of attention from those of the splits.
   template <class T>
-  BIFLOW_DEVICE float4 joined_splits(int64_t row, int c) const {
+  BIFLOW_DEVICE float4 joined_splits(int local_row, int c, bool inside) const {
     constexpr int n = 16 / sizeof(T);
     float v[n] = {}, total = 0, top = -INFINITY;
-    if (c >= s_.width) return {0, 0, 0, 0};
+    if (!inside || local_row >= rows_here() || c >= s_.width) return {0, 0, 0, 0};
+    const int64_t row = row_group_ * kRows + local_row;
     const int head = c / s_.head_dim;  // of all n: head_dim is a multiple of 8
     const auto weight_of = [&](int split) {
       return __ldcg(s_.lse + (static_cast<int64_t>(split) * s_.rows + row) * s_.heads + head);
@@ -224,20 +227,31 @@ class StepProducts {
   BIFLOW_DEVICE void multiply(std::true_type, const DecodePlace& at, const DecodeLinear& linear, int first,
                               bool whole) {
     float sum[4][kRowTiles][4] = {};
+    const Source from = source<Act>(at);
     for (int base = warp_; base < linear.blocks; base += kChunk * kDecodeWarps) {
       float4 x[kChunk][kRowTiles][2];
+      const auto load = [&](auto&& piece) {
 #pragma unroll
-      for (int c = 0; c < kChunk; ++c)
+        for (int c = 0; c < kChunk; ++c)
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
+          for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int block = base + c * kDecodeWarps;
-            x[c][m][half] = {0, 0, 0, 0};
-            if (block >= linear.blocks) continue;
-            x[c][m][half] = whole ? raw_place(block / kDecodeWarps, half, 0)
-                                  : activations<Act>(at, kRowTile * m + 8 * half + g_, block * 32 + t_ * 8);
-          }
+            for (int half = 0; half < 2; ++half) {
+              const int block = base + c * kDecodeWarps;
+              x[c][m][half] = piece(block, kRowTile * m + 8 * half + g_, half, block < linear.blocks);
+            }
+      };
+      if (whole)
+        load([&](int block, int, int half, bool inside) {
+          return inside ? raw_place(block / kDecodeWarps, half, 0) : float4{0, 0, 0, 0};
+        });
+      else if (from.rows == nullptr)
+        load(
+            [&](int block, int row, int, bool inside) { return joined_splits<Act>(row, block * 32 + t_ * 8, inside); });
+      else
+        load([&](int block, int row, int, bool inside) {
+          return activations<Act>(from, row, block * 32 + t_ * 8, inside);
+        });
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) {
         if (base + c * kDecodeWarps >= linear.blocks) break;
@@ -319,12 +333,18 @@ class StepProducts {
   BIFLOW_DEVICE void load_rows(const DecodePlace& at, const DecodeLinear& linear, int base, float4* rows) const {
     __syncwarp();  // the rows before are read
     float4 x[2 * 4];
+    const Source from = source<float>(at);
+    const auto load = [&](auto&& piece) {
 #pragma unroll
-    for (int i = 0; i < 2 * 4; ++i) {
-      const int c = i / (2 * kRowTiles), row = i % (2 * kRowTiles) * 8 + g_, block = base + c * kDecodeWarps;
-      x[i] = {0, 0, 0, 0};
-      if (block < linear.blocks) x[i] = activations<float>(at, row, block * 16 + t_ * 4);
-    }
+      for (int i = 0; i < 2 * 4; ++i) {
+        const int c = i / (2 * kRowTiles), row = i % (2 * kRowTiles) * 8 + g_, block = base + c * kDecodeWarps;
+        x[i] = piece(row, block * 16 + t_ * 4, block < linear.blocks);
+      }
+    };
+    if (from.rows == nullptr)
+      load([&](int row, int c, bool inside) { return joined_splits<float>(row, c, inside); });
+    else
+      load([&](int row, int c, bool inside) { return activations<float>(from, row, c, inside); });
 #pragma unroll
     for (int i = 0; i < 2 * 4; ++i) {
       const int c = i / (2 * kRowTiles), row = i % (2 * kRowTiles) * 8 + g_;
