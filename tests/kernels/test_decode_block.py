@@ -4,6 +4,7 @@ import pytest
 import torch
 from blocks import BASE, CASES, bf16_arithmetic, error_and_allowed, make_case, random_weights, to
 
+from benchmarks.gpu.small_cases import DECODES
 from biflow import reference
 from biflow.ops.decode_block import BlockConfig, condition, pack_block
 
@@ -127,6 +128,15 @@ def test_plans(backend, plan, precision):
     call, plan = Call(backend, config, random_weights(config), precision, options), list(PLANS[plan])
     plan[2] = max(plan[2], -(-34 // (16 * plan[1])))
     check(call, z, plan)
+
+
+@pytest.mark.parametrize("plan", DECODES)
+def test_plans_that_the_sanitizer_gets(backend, plan):
+    """A plan that is refused there would end the run."""
+    if backend.name not in ("forward", "cuda"):
+        pytest.skip("the kernels of test_plans")
+    config, z, options = make_small("context", 19, tokens=2)
+    assert Call(backend, config, random_weights(config), "bf16", options)(z, plan).isfinite().all()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
