@@ -332,7 +332,7 @@ def test_cuda_tensors_are_refused_with_the_remedy(monkeypatch):
         with pytest.raises(ValueError, match=r"x: expected D <= 2\^30 on CUDA, got 1073741825"):
             ops.affine_encode(wide, torch.cat((wide, wide), 2))
         with pytest.raises(ValueError, match="x: expected a CPU tensor, got one on cuda:0: the op has no kernel for"):
-            _checks.check_float32("x", x)
+            _checks.check_device("x", x, ("cpu",))
         monkeypatch.setattr(_checks, "DEVICES", ("cpu",))
         with pytest.raises(ValueError, match=r"x: .* got one on cuda:0: .* install the CUDA toolkit"):
             ops.affine_encode(x, torch.cat((x, x), 2))

@@ -104,6 +104,9 @@ void test_refused_launches() {
   expect("a cooperative grid that does not fit is refused",
          clear(arch::launch_cooperative(places_kernel, too_many, dim3(32), 0, nullptr, p)) ==
              cudaErrorCooperativeLaunchTooLarge);
+  expect("takes_cooperative_launches", arch::takes_cooperative_launches());
+  expect("taken gives the status back",
+         arch::taken(cudaErrorInvalidValue) == cudaErrorInvalidValue && arch::taken(cudaSuccess) == cudaSuccess);
   expect("shared_memory_limit", arch::shared_memory_limit() >= 96 * 1024 && arch::shared_memory_limit() < 1 << 20);
 }
 

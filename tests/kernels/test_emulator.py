@@ -151,7 +151,7 @@ NEEDED = (
     r"__syncthreads\(\);",
     r"release_fence\(\);",
     r"acquire_fence\(\);",
-    r"while \(behind\(.*spin\(\);",
+    r"while \(behind\(.*spin\(\+\+turn\);",
     r"add_relaxed\(.*;",
     r"store_relaxed\(.*;",
 )
