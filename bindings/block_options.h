@@ -38,7 +38,7 @@ inline void check_tensor(const char* op, const char* what, const Tensor& t, std:
   STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", what, ": expected float32, got ",
                   torch::headeronly::toString(t.scalar_type()));
   STD_TORCH_CHECK(like != nullptr ? t.device() == like->device() : t.device().is_cpu(), op, ": ", what,
-                  ": expected a tensor on the ", like != nullptr ? "device of z" : "CPU", ", got one on ",
+                  ": expected a tensor on the ", like != nullptr ? "device of the first" : "CPU", ", got one on ",
                   t.device().is_cpu()    ? "the CPU"
                   : t.device().is_cuda() ? "a GPU"
                                          : "another device");

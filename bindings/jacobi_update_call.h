@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "block_options.h"
 #include "jacobi_update.h"
 #include "options.h"
 
@@ -41,14 +42,7 @@ struct JacobiCall {
 
  private:
   void check(const char* what, const Tensor& t, std::initializer_list<int64_t> shape) const {
-    STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, "jacobi_update: ", what,
-                    " must be float32");
-    STD_TORCH_CHECK(t.device() == x.device() && t.is_contiguous(), "jacobi_update: ", what,
-                    " must be contiguous, on the device of x");
-    bool same = t.dim() == static_cast<int64_t>(shape.size());
-    int64_t i = 0;
-    for (int64_t n : shape) same = same && t.size(i++) == n;
-    STD_TORCH_CHECK(same, "jacobi_update: ", what, " has the wrong shape");
+    check_tensor("jacobi_update", what, t, shape, &x);
   }
   static bool overlap(const Tensor& a, const Tensor& b) {
     const auto* p = static_cast<const float*>(a.const_data_ptr());

@@ -295,7 +295,7 @@ def test_kernel_names():
     assert phases.short_name("triton_poi_fused_0") == "triton_poi_fused_0"
     assert phases.short_name("Memset (Device)") == "Memset"
     source = (ROOT / "csrc" / "cuda" / "decode_block.cuh").read_text()
-    assert f"__global__ void __launch_bounds__(kDecodeThreads) {phases.KERNEL}(" in source
+    assert f"__global__ void __launch_bounds__(kDecodeThreads, 1) {phases.KERNEL}(" in source
 
 
 def test_spans_are_of_the_device_and_in_order():

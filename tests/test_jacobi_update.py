@@ -205,7 +205,7 @@ def test_the_torch_op_checks_again():
     with pytest.raises(RuntimeError, match=r"z: expected a contiguous tensor, got strides \(30, 1, 6\)"):
         op(x, z.mT.contiguous().mT, raw, moved, **options)
     cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # such a call goes to the other device's kernel otherwise
-    with pytest.raises(RuntimeError, match=r"z: expected a CPU tensor, got one on another device \(type 14\)"):
+    with pytest.raises(RuntimeError, match="z: expected a tensor on the device of the first, got one on"):
         op.default.redispatch(cpu, x, z.to("meta"), raw, moved, **options)
     with pytest.raises(RuntimeError, match="expected 0 <= start < stop <= 6, got 4 and 4"):
         op(x, z, raw, moved, **{**options, "start": 4})

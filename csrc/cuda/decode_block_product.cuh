@@ -56,19 +56,23 @@ class StepProducts {
     return static_cast<int64_t>(row_group_ * kRows + row) * s_.x_stride;
   }
 
-  // The activations of a phase, as they lie in memory; null: the splits of attention have to be joined.
+  // The activations of this block's rows in a phase, as they lie in memory; null: the splits of attention have to be
+  // joined.
   struct Source {
     const unsigned char* rows;
-    int64_t stride;  // bytes
+    uint32_t stride;  // bytes
   };
   template <class T>
   BIFLOW_DEVICE Source source(const DecodePlace& at) const {
     const void* from = s_.y;
-    int64_t stride = s_.x_stride;
-    if (at.phase == DecodePhase::proj) from = s_.plan.splits > 1 ? nullptr : s_.o;
+    int stride = s_.x_stride;
+    if (at.phase == DecodePhase::proj) from = s_.o;
     if (at.phase == DecodePhase::fc2) from = s_.h, stride = s_.h_stride;
     if (at.phase == DecodePhase::head) from = s_.x;
-    return {static_cast<const unsigned char*>(from), stride * static_cast<int64_t>(sizeof(T))};
+    if (at.phase == DecodePhase::proj && s_.plan.splits > 1) return {nullptr, 0};
+    return {reinterpret_cast<const unsigned char*>(static_cast<const T*>(from) +
+                                                   static_cast<int64_t>(row_group_ * kRows) * stride),
+            static_cast<uint32_t>(stride) * static_cast<uint32_t>(sizeof(T))};
   }
 
   // 16 bytes of a row: inputs from `c` on; zeros where there is no such row or, if not `inside`, no such block. One
@@ -76,9 +80,8 @@ class StepProducts {
   template <class T>
   BIFLOW_DEVICE float4 activations(const Source& from, int row, int c, bool inside) const {
     const bool read = inside && row < rows_here();
-    const int64_t global_row = row_group_ * kRows + (read ? row : 0);
-    const float4 x = __ldcg(reinterpret_cast<const float4*>(from.rows + global_row * from.stride +
-                                                            (read ? c : 0) * static_cast<int64_t>(sizeof(T))));
+    const uint32_t at = read ? row * from.stride + c * static_cast<uint32_t>(sizeof(T)) : 0;
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(from.rows + at));
     return read ? x : float4{0, 0, 0, 0};
   }
 
@@ -134,22 +137,24 @@ class StepProducts {
     if (whole) normalize_rows(at, linear);
     if (at.phase == DecodePhase::embed) load_tokens(at, linear);
     for (int first = owner_; first < linear.tiles; first += kTiles * s_.owners) {
-      Finish<kTensor> finish[finishes(kTensor)];
+      float2 more[results(kTensor)];
 #pragma unroll
-      for (int i = 0; i < finishes(kTensor); ++i) finish[i] = begin_finish<kTensor>(at, linear, first, i);
+      for (int i = 0; i < results(kTensor); ++i) more[i] = what_comes_to(at, linear, result(linear, first, i));
       if (first != owner_) __syncthreads();  // the sums before are read
       multiply(std::integral_constant<bool, kTensor>(), at, linear, first, whole);
       __syncthreads();
       const int warps = linear.blocks < kDecodeWarps ? linear.blocks : kDecodeWarps;
 #pragma unroll
-      for (int i = 0; i < finishes(kTensor); ++i) {
-        float2 v = finish[i].sum;
-        if (finish[i].row < 0) continue;
+      for (int i = 0; i < results(kTensor); ++i) {
+        const Result r = result(linear, first, i);
+        if (r.row < 0) continue;
+        float2 v = more[i];
         for (int warp = 0; warp < warps; ++warp) {
-          const float2 part = *reinterpret_cast<const float2*>(sums_ + sum_place<kTensor>(warp, finish[i].place));
+          const float2 part = *reinterpret_cast<const float2*>(
+              sums_ + sum_place<kTensor>(warp, 2 * (threadIdx.x + i * kDecodeThreads)));
           v.x += part.x, v.y += part.y;
         }
-        store(at, finish[i], v);
+        store(at, r, v);
       }
     }
   }
@@ -160,28 +165,24 @@ class StepProducts {
     return warp * tiles(kTensor) * kRows * kFragmentColumns + place;
   }
 
-  // Two neighbouring results that a thread adds up: where, and what comes to the sum.
-  template <bool kTensor>
-  struct Finish {
-    int row = -1, column = 0;  // row of all; negative: none
-    int place = 0;             // in a warp's sums
-    float2 sum{};
+  // Two neighbouring results, which one thread adds up.
+  struct Result {
+    int row, column;  // row of all; negative: none
   };
-  BIFLOW_DEVICE static constexpr int finishes(bool tensor) { return tensor ? kRowTiles : 1; }
-
-  // What a phase adds is loaded before the product: it was written at least one phase ago.
-  template <bool kTensor>
-  BIFLOW_DEVICE Finish<kTensor> begin_finish(const DecodePlace& at, const DecodeLinear& linear, int first,
-                                             int i) const {
-    Finish<kTensor> f;
+  BIFLOW_DEVICE static constexpr int results(bool tensor) { return tensor ? tiles(true) * kRowTiles / 4 : 1; }
+  // The i-th of this thread.
+  BIFLOW_DEVICE Result result(const DecodeLinear& linear, int first, int i) const {
     const int pair = static_cast<int>(threadIdx.x) + i * kDecodeThreads, row = pair / 4 % kRows;
     const int tile = first + pair / (4 * kRows) * s_.owners;
-    if (row >= rows_here() || tile >= linear.tiles) return f;
-    f.row = row_group_ * kRows + row;
-    f.column = tile * kFragmentColumns + pair % 4 * 2;
-    f.place = 2 * pair;
-    f.sum = __ldg(reinterpret_cast<const float2*>(linear.bias + f.column));
-    const auto add = [&f](float2 v) { f.sum.x += v.x, f.sum.y += v.y; };
+    const bool exists = row < rows_here() && tile < linear.tiles;
+    return {exists ? row_group_ * kRows + row : -1, tile * kFragmentColumns + pair % 4 * 2};
+  }
+
+  // What a phase adds, loaded before the product: it was written at least one phase ago.
+  BIFLOW_DEVICE float2 what_comes_to(const DecodePlace& at, const DecodeLinear& linear, const Result& f) const {
+    if (f.row < 0) return {0, 0};
+    float2 sum = __ldg(reinterpret_cast<const float2*>(linear.bias + f.column));
+    const auto add = [&sum](float2 v) { sum.x += v.x, sum.y += v.y; };
     if (at.phase == DecodePhase::proj || at.phase == DecodePhase::fc2) {
       add(__ldcg(reinterpret_cast<const float2*>(s_.x + static_cast<int64_t>(f.row) * s_.x_stride + f.column)));
     } else if (at.phase == DecodePhase::embed) {
@@ -194,11 +195,10 @@ class StepProducts {
       if (added != nullptr && f.column < s_.width)
         add(__ldg(reinterpret_cast<const float2*>(added + b * s_.width + f.column)));
     }
-    return f;
+    return sum;
   }
 
-  template <class F>
-  BIFLOW_DEVICE void store(const DecodePlace& at, const F& f, float2 v) const {
+  BIFLOW_DEVICE void store(const DecodePlace& at, const Result& f, float2 v) const {
     const int64_t row = f.row;
     const auto put = [&](float* to) { arch::Vector<float, 2>{{v.x, v.y}}.store(to); };
     switch (at.phase) {
@@ -223,10 +223,11 @@ class StepProducts {
 
   BIFLOW_DEVICE static float gelu(float v) { return 0.5f * v * (1 + erff(v * 0.7071067811865476f)); }
 
-  // This warp's sums of up to four column tiles, on tensor cores.
+  // This warp's sums of a few column tiles, on tensor cores.
   BIFLOW_DEVICE void multiply(std::true_type, const DecodePlace& at, const DecodeLinear& linear, int first,
                               bool whole) {
-    float sum[4][kRowTiles][4] = {};
+    constexpr int kTiles = tiles(true);
+    float sum[kTiles][kRowTiles][4] = {};
     const Source from = source<Act>(at);
     for (int base = warp_; base < linear.blocks; base += kChunk * kDecodeWarps) {
       float4 x[kChunk][kRowTiles][2];
@@ -256,7 +257,7 @@ class StepProducts {
       for (int c = 0; c < kChunk; ++c) {
         if (base + c * kDecodeWarps >= linear.blocks) break;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < kTiles; ++j) {
           if (first + j * s_.owners >= linear.tiles) break;
           const uint4 w = weights_.next();
           const uint32_t low[2] = {w.x, w.y}, high[2] = {w.z, w.w};
@@ -274,7 +275,7 @@ class StepProducts {
     }
     if (warp_ >= linear.blocks) return;
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < kTiles; ++j)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll

@@ -134,7 +134,8 @@ struct DecodeShared {
 };
 
 BIFLOW_HOST_DEVICE DecodeShared decode_shared(const DecodePlan& plan, bool bf16, int width, int channels) {
-  const int tiles = bf16 ? 4 * plan.row_tiles : 4, unit = kDecodeWarps * kFragmentBytes / (bf16 ? 2 : 4);
+  const int tiles = bf16 ? (plan.row_tiles == 4 ? 8 : 4 * plan.row_tiles) : 4;  // of columns and rows
+  const int unit = kDecodeWarps * kFragmentBytes / (bf16 ? 2 : 4);
   const auto largest = [](size_t a, size_t b) { return a > b ? a : b; };
   const size_t ring = static_cast<size_t>(kRing) * kDecodeThreads * 16;
   const size_t sums = sizeof(float) * kDecodeWarps * tiles * kRowTile * kFragmentColumns;

@@ -7,10 +7,10 @@
 
 namespace biflow::cuda {
 
-// Column tiles whose sums a block keeps in registers at once: 4 for each row tile on tensor cores.
+// Column tiles whose sums a warp keeps in registers at once: with four row tiles of tensor cores two, more would spill.
 template <int kRowTiles>
 BIFLOW_DEVICE constexpr int tiles_at_once(bool tensor_cores) {
-  return tensor_cores ? 4 : 4 / kRowTiles;
+  return !tensor_cores ? 4 / kRowTiles : kRowTiles == 4 ? 2 : 4;
 }
 
 template <class Act>
