@@ -294,7 +294,7 @@ def test_kernel_names():
     assert phases.short_name("sm90_xmma_gemm_bf16") == "sm90_xmma_gemm_bf16"
     assert phases.short_name("triton_poi_fused_0") == "triton_poi_fused_0"
     assert phases.short_name("Memset (Device)") == "Memset"
-    source = (ROOT / "csrc" / "cuda" / "decode_block.cuh").read_text()
+    source = " ".join((ROOT / "csrc" / "cuda" / "decode_block.cuh").read_text().split())
     assert f"__global__ void __launch_bounds__(kDecodeThreads, 1) {phases.KERNEL}(" in source
 
 
