@@ -108,9 +108,9 @@ def cpu(options):
 @pytest.mark.parametrize("name", CASES)
 def test_parity(backend, name, precision):
     if backend.name in ("reverse", "random") and name not in EVERY_ORDER:
-        pytest.skip("nothing that depends on the order of threads and is not in EVERY_ORDER")
+        pytest.skip("for time: in forward order only; EVERY_ORDER runs in all")
     if backend.name == "race" and name in LONG - {"tails", "tiles"}:
-        pytest.skip("ten seconds and more with the race checker, which sees the same code in the other cases")
+        pytest.skip("for time: ten seconds and more with the race checker")
     call, z = make_call(backend, name, precision)
     check(call, z)
 
@@ -165,7 +165,7 @@ def test_many_tokens(backend, precision):
 def test_bits_do_not_depend_on_rows_and_blocks(backend, precision):
     """Nor on how it is launched, nor on the samples beside one, nor on the run."""
     if backend.name in ("reverse", "random"):
-        pytest.skip("the same phases as in test_parity, which runs in every order")
+        pytest.skip("for time: forward, and with the race checker")
     config, z, options = make_small("guided_annealed", 17, tokens=3)  # 34 sequences
     call = Call(backend, config, random_weights(config), precision, options)
     want = call(z, [0, 1, 3, 1, 8, 0])
@@ -245,7 +245,7 @@ TWINS = {
 def test_every_phase_against_the_twin(backend, name, splits, precision):
     """Stopped after each phase: what it wrote is what the twin makes of the buffers before, the rest is as it was."""
     if backend.name not in ("forward", "cuda"):
-        pytest.skip("the same phases as in test_parity, which runs in every order and with the race checker")
+        pytest.skip("for time: a launch a phase, stopped after each, in one order")
     config, z, options = make_small(name, 2, **TWINS[name])
     if splits > 1 and config.head_dim % 8:
         pytest.skip("splits need a head_dim of whole 16 bytes")
