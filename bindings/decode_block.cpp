@@ -18,17 +18,10 @@ Tensor pack_block(std::vector<Tensor> weights, int64_t tokens, int64_t channels,
                   bool pos_embed, bool start_token, bool shift_only, std::string precision) {
   const BlockShape s = biflow::make_shape(tokens, channels, width, layers, head_dim, mlp_hidden, norm, gate, qk_norm,
                                           rope, pos_embed, start_token, shift_only, precision);
-  const std::vector<biflow::PackedSource> to = biflow::packed_sources(s);
-  STD_TORCH_CHECK(weights.size() == to.size(), "pack_block: expected ", to.size(), " tensors, got ", weights.size());
+  STD_TORCH_CHECK(weights.empty() || weights[0].device().is_cpu(), "pack_block: tensor 0 must be on the CPU");
+  biflow::checked_sources(weights, s, biflow::Target::cpu);
   std::vector<const float*> source;
-  for (size_t i = 0; i < to.size(); ++i) {
-    const Tensor& w = weights[i];
-    STD_TORCH_CHECK(w.scalar_type() == torch::headeronly::ScalarType::Float && w.device().is_cpu() && w.is_contiguous(),
-                    "pack_block: tensor ", i, " must be float32, contiguous, on the CPU");
-    STD_TORCH_CHECK(w.numel() == to[i].rows * to[i].columns, "pack_block: tensor ", i, " must have ",
-                    to[i].rows * to[i].columns, " elements, got ", w.numel());
-    source.push_back(w.const_data_ptr<float>());
-  }
+  for (const Tensor& w : weights) source.push_back(w.const_data_ptr<float>());
   Tensor packed = torch::stable::new_empty(weights[0], {biflow::packed_block(s).size});
   biflow::pack_block(s, source.data(), packed.mutable_data_ptr<float>());
   return packed;

@@ -22,16 +22,7 @@ Tensor pack_block(std::vector<Tensor> weights, int64_t tokens, int64_t channels,
                   bool pos_embed, bool start_token, bool shift_only, std::string precision) {
   const biflow::BlockShape s = biflow::make_shape(tokens, channels, width, layers, head_dim, mlp_hidden, norm, gate,
                                                   qk_norm, rope, pos_embed, start_token, shift_only, precision);
-  const std::vector<biflow::PackedSource> to = biflow::packed_sources(s, biflow::Target::cuda);
-  STD_TORCH_CHECK(weights.size() == to.size(), "pack_block: expected ", to.size(), " tensors, got ", weights.size());
-  for (size_t i = 0; i < to.size(); ++i) {
-    const Tensor& w = weights[i];
-    STD_TORCH_CHECK(w.scalar_type() == torch::headeronly::ScalarType::Float && w.is_contiguous() &&
-                        w.device() == weights[0].device(),
-                    "pack_block: tensor ", i, " must be float32, contiguous, on the device of the first");
-    STD_TORCH_CHECK(w.numel() == to[i].rows * to[i].columns, "pack_block: tensor ", i, " must have ",
-                    to[i].rows * to[i].columns, " elements, got ", w.numel());
-  }
+  const std::vector<biflow::PackedSource> to = biflow::checked_sources(weights, s, biflow::Target::cuda);
   Tensor packed = torch::stable::new_zeros(weights[0], {biflow::packed_block(s, biflow::Target::cuda).size});
   const Launch launch(weights[0]);
   float* const at = static_cast<float*>(launch.updates(packed));
