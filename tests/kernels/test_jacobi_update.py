@@ -175,11 +175,11 @@ def test_bad_tensors(backend):
     options = dict(start=0, stop=6, shift_only=False, layout="scale_shift", scale="exp", clip="none", clip_value=0.0)
     options |= dict(clip_on="both", flip=False)
     op = backend.ops.jacobi_update_
-    with pytest.raises(RuntimeError, match="raw has the wrong shape"):
+    with pytest.raises(RuntimeError, match=r"raw: expected shape \(2, 6, 10\), got \(2, 6, 5\)"):
         op(x, z, raw[..., :5].contiguous(), moved, **options)
-    with pytest.raises(RuntimeError, match="z must be float32"):
+    with pytest.raises(RuntimeError, match="z: expected float32, got Double"):
         op(x, z.double(), raw, moved, **options)
-    with pytest.raises(RuntimeError, match="x must be contiguous"):
+    with pytest.raises(RuntimeError, match="x: expected a contiguous"):
         op(torch.zeros_like(z).mT.contiguous().mT, z, raw, moved, **options)
     with pytest.raises(RuntimeError, match="x and moved must not overlap z or raw"):
         op(x, x, raw, moved, **options)
