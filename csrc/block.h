@@ -56,6 +56,10 @@ static constexpr int64_t padded_columns(int64_t n) { return round_up(n, kColumnG
 struct PackedLinear {
   int64_t weight = 0, bias = 0;  // offsets in words; inside a layer, from the layer's start
   int in = 0, columns = 0;       // columns as stored
+
+  // On a CPU the products with proj and fc2 are added to the residual stream in two parts, those of the inputs before
+  // this one and those of the others, whoever computes them: two threads can do so without waiting for one another.
+  int second_half() const { return in < 2 * kTileDepth ? in : in / 2 / kTileDepth * kTileDepth; }
 };
 
 struct PackedLayer {

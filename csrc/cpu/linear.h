@@ -5,6 +5,8 @@
 // of k, then the blocks in order. So a row's result does not depend on the rows beside it, and long sums stay accurate.
 #pragma once
 
+#include <type_traits>
+
 #include "block.h"
 #include "cpu/simd.h"
 
@@ -38,7 +40,7 @@ __attribute__((always_inline)) inline void add_products(vfloat (&sum)[Rows][Vect
 
 template <int Rows, int Vectors>
 void linear_tile(const float* weight, const float* bias, int panel, int in, const float* x, int64_t x_stride,
-                 float* out, int64_t ahead) {
+                 float* out, int64_t ahead) {  // bias: null for none
   vfloat total[Rows][Vectors] = {};
   add_products(total, x, x_stride, weight, panel, in < kSumBlock ? in : kSumBlock, ahead);
   for (int k = kSumBlock; k < in; k += kSumBlock) {
@@ -51,7 +53,7 @@ void linear_tile(const float* weight, const float* bias, int panel, int in, cons
   for (int r = 0; r < Rows; ++r)
     for (int j = 0; j < Vectors; ++j) {
       const int c = j * kLanes;
-      store(out + r * kPanelColumns + c, total[r][j] + load(bias + c));
+      store(out + r * kPanelColumns + c, bias ? total[r][j] + load(bias + c) : total[r][j]);
     }
 }
 
@@ -61,14 +63,15 @@ template <int Rows>
 void linear_rows(const float* weight, const float* bias, int panel, int columns, int in, const float* x,
                  int64_t x_stride, float* out, int64_t ahead = 0) {
   constexpr int kWide = tile_vectors(Rows), kNarrow = kColumnGroup / kLanes > 2 ? 2 : kColumnGroup / kLanes;
+  const auto bias_at = [bias](int c) { return bias ? bias + c : nullptr; };
   int c = 0;
   for (; c + kWide * kLanes <= columns; c += kWide * kLanes)
-    linear_tile<Rows, kWide>(weight + c, bias + c, panel, in, x, x_stride, out + c, ahead);
+    linear_tile<Rows, kWide>(weight + c, bias_at(c), panel, in, x, x_stride, out + c, ahead);
   if constexpr (kWide == 4 * kNarrow)
     for (; c + 2 * kNarrow * kLanes <= columns; c += 2 * kNarrow * kLanes)
-      linear_tile<Rows, 2 * kNarrow>(weight + c, bias + c, panel, in, x, x_stride, out + c, ahead);
+      linear_tile<Rows, 2 * kNarrow>(weight + c, bias_at(c), panel, in, x, x_stride, out + c, ahead);
   for (; c < columns; c += kNarrow * kLanes)
-    linear_tile<Rows, kNarrow>(weight + c, bias + c, panel, in, x, x_stride, out + c, ahead);
+    linear_tile<Rows, kNarrow>(weight + c, bias_at(c), panel, in, x, x_stride, out + c, ahead);
 }
 
 struct Fp32 {
@@ -81,38 +84,49 @@ struct Fp32 {
 
   // The columns [first, last), multiples of kColumnGroup, of x (rows, in) W^T + bias, tile by tile:
   // sink(row, rows, column, columns, values, stride) gets `columns` values for each row, a multiple of kColumnGroup.
+  // Of the inputs [begin, end) alone, where they are given; the first of them bring the bias.
   template <class Sink>
   static void product(const float* packed, const PackedLinear& at, const float* x, int64_t x_stride, int rows,
                       int first, int last, Sink&& sink) {
+    product(packed, at, 0, at.in, x, x_stride, rows, first, last, sink);
+  }
+  template <class Sink>
+  static void product(const float* packed, const PackedLinear& at, int begin, int end, const float* x, int64_t x_stride,
+                      int rows, int first, int last, Sink&& sink) {
     alignas(64) float values[kTileRows * kPanelColumns];
     for (int c = first, next; c < last; c = next) {
-      const int begin = c / kPanelColumns * kPanelColumns;
-      const int panel = at.columns - begin < kPanelColumns ? at.columns - begin : kPanelColumns;
-      next = begin + panel < last ? begin + panel : last;
-      const float* weight = packed + at.weight + static_cast<int64_t>(begin) * at.in + (c - begin);
-      const float* bias = packed + at.bias + c;
+      const int left = c / kPanelColumns * kPanelColumns;
+      const int panel = at.columns - left < kPanelColumns ? at.columns - left : kPanelColumns;
+      next = left + panel < last ? left + panel : last;
+      const float* weight =
+          packed + at.weight + static_cast<int64_t>(left) * at.in + static_cast<int64_t>(begin) * panel + (c - left);
+      const float* bias = begin == 0 ? packed + at.bias + c : nullptr;
       const int64_t ahead = static_cast<int64_t>(panel) * at.in;  // the next panel, while this one meets many rows
       for (int r = 0, count; r < rows; r += count) {
         count = rows - r < kTileRows ? rows - r : kTileRows;
-        const float* xr = x + r * x_stride;
+        const float* xr = x + r * x_stride + begin;
+        const auto multiply = [&](auto tile_rows, int64_t fetched) {
+          linear_rows<decltype(tile_rows)::value>(weight, bias, panel, next - c, end - begin, xr, x_stride, values,
+                                                  fetched);
+        };
         switch (count) {
           case 1:
-            linear_rows<1>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            multiply(std::integral_constant<int, 1>(), 0);
             break;
           case 2:
-            linear_rows<2>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            multiply(std::integral_constant<int, 2>(), 0);
             break;
           case 3:
-            linear_rows<3>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            multiply(std::integral_constant<int, 3>(), 0);
             break;
           case 4:
-            linear_rows<4>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            multiply(std::integral_constant<int, 4>(), 0);
             break;
           case 5:
-            linear_rows<5>(weight, bias, panel, next - c, at.in, xr, x_stride, values);
+            multiply(std::integral_constant<int, 5>(), 0);
             break;
           default:
-            linear_rows<kTileRows>(weight, bias, panel, next - c, at.in, xr, x_stride, values, r == 0 ? ahead : 0);
+            multiply(std::integral_constant<int, kTileRows>(), r == 0 ? ahead : 0);
         }
         sink(r, count, c, next - c, values, kPanelColumns);
       }

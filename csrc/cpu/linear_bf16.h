@@ -61,19 +61,30 @@ struct Bf16 {
   template <class Sink>
   static void product(const float* packed, const PackedLinear& at, const bf16* x, int64_t x_stride, int rows, int first,
                       int last, Sink&& sink) {
+    product(packed, at, 0, at.in, x, x_stride, rows, first, last, sink);
+  }
+  // begin: a multiple of kTileDepth, and end too, or all there are
+  template <class Sink>
+  static void product(const float* packed, const PackedLinear& at, int begin, int end, const bf16* x, int64_t x_stride,
+                      int rows, int first, int last, Sink&& sink) {
+    alignas(64) static const float kNoBias[kColumnGroup] = {};
     const int64_t words = round_up(at.in, kTileDepth) / 2 * kColumnGroup;  // of a tile's columns
-    const int64_t row_bytes = x_stride * 2, steps = round_up(at.in, kTileDepth) / kTileDepth;
+    const int64_t row_bytes = x_stride * 2, steps = round_up(end - begin, kTileDepth) / kTileDepth;
+    const float* weights = packed + at.weight + begin / 2 * kColumnGroup;
+    const float* biases = packed + at.bias;
+    const auto bias_at = [&](int c) { return begin == 0 ? biases + c : kNoBias; };
     alignas(64) float values[2 * kRows * kTileColumns];
+    x += begin;
     int c = first;
     finish_stores();
     if (rows <= kRows)  // one tile of rows by four of columns
       for (; c + 2 * kTileColumns <= last; c += 2 * kTileColumns) {
-        const float *w = packed + at.weight + c / kColumnGroup * words, *bias = packed + at.bias + c;
+        const float* w = weights + c / kColumnGroup * words;
         constexpr int kStride = 2 * kTileColumns;
-        _tile_loadd(0, bias, 0);
-        _tile_loadd(1, bias + 16, 0);
-        _tile_loadd(2, bias + 32, 0);
-        _tile_loadd(3, bias + 48, 0);
+        _tile_loadd(0, bias_at(c), 0);
+        _tile_loadd(1, bias_at(c + 16), 0);
+        _tile_loadd(2, bias_at(c + 32), 0);
+        _tile_loadd(3, bias_at(c + 48), 0);
         for (int64_t k = 0; k < steps; ++k, w += kStep) {
           _tile_loadd(4, x + k * kTileDepth, row_bytes);
           _tile_loadd(6, w, 64);
@@ -93,17 +104,16 @@ struct Bf16 {
       }
     const int blocks = (rows + 2 * kRows - 1) / (2 * kRows);
     for (; c < last; c += kTileColumns) {
-      const float* weight = packed + at.weight + c / kColumnGroup * words;
-      const float* bias = packed + at.bias + c;
+      const float* weight = weights + c / kColumnGroup * words;
       for (int r = 0; r < rows; r += 2 * kRows) {
         const bool two = rows - r > kRows;
         const bf16 *x0 = x + r * x_stride, *x1 = x0 + kRows * x_stride;
         const float* w = weight;
-        _tile_loadd(0, bias, 0);
-        _tile_loadd(1, bias + kColumnGroup, 0);
+        _tile_loadd(0, bias_at(c), 0);
+        _tile_loadd(1, bias_at(c + kColumnGroup), 0);
         if (two) {
-          _tile_loadd(2, bias, 0);
-          _tile_loadd(3, bias + kColumnGroup, 0);
+          _tile_loadd(2, bias_at(c), 0);
+          _tile_loadd(3, bias_at(c + kColumnGroup), 0);
           for (int64_t k = 0; k < steps; ++k, w += kStep) {
             _tile_loadd(4, x0 + k * kTileDepth, row_bytes);
             _tile_loadd(6, w, 64);
@@ -168,6 +178,12 @@ struct Bf16 {
   template <class Sink>
   static void product(const float* packed, const PackedLinear& at, const Rounded* x, int64_t x_stride, int rows,
                       int first, int last, Sink&& sink) {
+    product(packed, at, 0, at.in, x, x_stride, rows, first, last, sink);
+  }
+  // begin: a multiple of kTileDepth, and end too, or all there are
+  template <class Sink>
+  static void product(const float* packed, const PackedLinear& at, int begin, int end, const Rounded* x,
+                      int64_t x_stride, int rows, int first, int last, Sink&& sink) {
     constexpr int kGroups = kLanes == 16 ? 2 : 1;  // of columns in a tile: as many sums as there are registers
     constexpr int kHigh = kLanes == 4 ? 2 : 6;     // rows
     const int64_t words = round_up(at.in, kTileDepth) / 2 * kColumnGroup;
@@ -175,15 +191,16 @@ struct Bf16 {
     for (int c = first; c < last; c += kTileColumns)
       for (int r = 0, count; r < rows; r += count) {
         count = rows - r >= kHigh ? kHigh : rows - r >= 2 ? 2 : 1;
-        const Rounded* xr = x + r * x_stride;
+        const Rounded* xr = x + r * x_stride + begin;
         for (int i = 0; i < kTileColumns; i += kGroups * kColumnGroup) {
-          const float *weight = packed + at.weight + (c + i) / kColumnGroup * words, *bias = packed + at.bias + c + i;
+          const float* weight = packed + at.weight + (c + i) / kColumnGroup * words + begin / 2 * kColumnGroup;
+          const float* bias = begin == 0 ? packed + at.bias + c + i : nullptr;
           if (count == kHigh)
-            tile<kHigh, kGroups>(weight, words, bias, xr, x_stride, at.in, values + i);
+            tile<kHigh, kGroups>(weight, words, bias, xr, x_stride, end - begin, values + i);
           else if (count == 2)
-            tile<2, kGroups>(weight, words, bias, xr, x_stride, at.in, values + i);
+            tile<2, kGroups>(weight, words, bias, xr, x_stride, end - begin, values + i);
           else
-            tile<1, kGroups>(weight, words, bias, xr, x_stride, at.in, values + i);
+            tile<1, kGroups>(weight, words, bias, xr, x_stride, end - begin, values + i);
         }
         sink(r, count, c, kTileColumns, values, kTileColumns);
       }
@@ -209,7 +226,7 @@ struct Bf16 {
     }
     for (int r = 0; r < Rows; ++r)
       for (int j = 0; j < Groups * kVectors; ++j)
-        store(out + r * kTileColumns + j * kLanes, sum[r][j] + load(bias + j * kLanes));
+        store(out + r * kTileColumns + j * kLanes, bias ? sum[r][j] + load(bias + j * kLanes) : sum[r][j]);
   }
 };
 

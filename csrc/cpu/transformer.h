@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "affine.h"
 #include "cpu/activations.h"
@@ -83,6 +84,9 @@ class Transformer {
     raw_ = scratch.take<float>(rows * raw_width_);
     values_ = scratch.take<Value>(rows * (2 * width_ + hidden_width_));
     few_ = scratch.take<Value>(member.count() * kFewRows * width_);
+    paired_ = pairs();
+    own_h_ = scratch.take<float>(paired_ ? 2 * kFewRows * width_ : 0);
+    sums_ = scratch.take<float>(paired_ ? 4 * kFewRows * width_ : 0);
     scores_width_ = Attention::scratch(cache_);
     scores_ = scratch.take<float>(member.count() * scores_width_);
     own_caches_ = caches ? nullptr : scratch.take<float>(sequences * caches_size());
@@ -174,54 +178,33 @@ class Transformer {
   // The next `count` tokens of every sequence, at the cache's positions from `position` on: h in, h out. The prefix is
   // not rotated, and of it the last layer needs keys and values only.
   void layers(int position, int count, bool tokens) {
-    const int rows = sequences_ * count;
-    session_.rows(rows);
+    const Tokens now{position, count, sequences_ * count, tokens};
+    session_.rows(now.rows);
+    sums_of_ = nullptr;
+    if (paired_ && tokens && now.rows <= kFewRows) return layers_in_pairs(now);
+    const int heads = s_.heads(), members = member_.count();
+    const PackedLayer& at = packed_.layer;
     for (int j = 0; j < s_.layers; ++j) {
       const float* layer = data_ + packed_.first_layer + j * packed_.layer_size;
-      const PackedLayer& at = packed_.layer;
       const bool keys_only = !tokens && j == s_.layers - 1;
-      const auto put_qkv = [&](int row, int n, int c, int columns, const float* v, int stride) {
-        for (int r = 0; r < n; ++r) copy(v + r * stride, qkv_ + (row + r) * qkv_width_ + c, columns);
-      };
-      const int heads = s_.heads(), members = member_.count();
-      const auto attend_units = [&](int first, int last, int unit_heads, int first_head) {
-        const auto at = [&](int u) { return cache(j, u / unit_heads, first_head + u % unit_heads); };
-        session_.rows(count);
-        for (int u = first; u < last; ++u)
-          attention(layer, u / unit_heads, first_head + u % unit_heads, at(u), at(u + 1 < last ? u + 1 : u), position,
-                    count, tokens, keys_only);
-        session_.rows(rows);
-      };
-      if (heads % members == 0 && s_.head_dim % kTileColumns == 0) {  // each member has its own heads
-        const int own = heads / members, columns = own * s_.head_dim;
-        normalized(layer, at.norm1_weight, at.norm1_bias, rows, [&](int part, const Value* y) {
-          for (int i = 0; i < 3; ++i) {
-            const int first = i * s_.width + part * columns;
-            P::product(layer, at.qkv, y, width_, rows, first, first + columns, put_qkv);
-          }
-          attend_units(0, sequences_ * own, own, part * own);
-        });
+      if (own_heads()) {
+        normalized(layer, at.norm1_weight, at.norm1_bias, now.rows,
+                   [&](int part, const Value* y) { attend_own_heads(part, layer, j, y, now, keys_only); });
       } else {
-        normalized(layer, at.norm1_weight, at.norm1_bias, rows,
-                   [&](int part, const Value* y) { multiply_part(part, layer, at.qkv, y, width_, rows, put_qkv); });
+        normalized(layer, at.norm1_weight, at.norm1_bias, now.rows, [&](int part, const Value* y) {
+          multiply_part(part, layer, at.qkv, y, width_, now.rows, put_qkv());
+        });
         member_.phase([&](int part) {
           const int units = sequences_ * heads;
-          attend_units(units * part / members, units * (part + 1) / members, heads, 0);
+          attend_units(units * part / members, units * (part + 1) / members, heads, 0, layer, j, now, keys_only);
         });
       }
       if (keys_only) return;
-      const auto add_to_h = [&](int row, int n, int c, int columns, const float* v, int stride) {
-        columns = std::min<int>(columns, static_cast<int>(width_) - c);
-        for (int r = 0; r < n; ++r) add(v + r * stride, h_ + (row + r) * width_ + c, columns);
-      };
-      multiply(layer, at.proj, attended_, width_, rows, add_to_h);
-      normalized(layer, at.norm2_weight, at.norm2_bias, rows, [&](int part, const Value* y) {
-        multiply_part(part, layer, at.fc1, y, width_, rows,
-                      [&](int row, int n, int c, int columns, const float* v, int stride) {
-                        for (int r = 0; r < n; ++r) gate(v + r * stride, row + r, c, columns);
-                      });
+      add_product(layer, at.proj, attended_, width_, now.rows);
+      normalized(layer, at.norm2_weight, at.norm2_bias, now.rows, [&](int part, const Value* y) {
+        multiply_part(part, layer, at.fc1, y, width_, now.rows, put_hidden());
       });
-      multiply(layer, at.fc2, hidden_, hidden_width_, rows, add_to_h);
+      add_product(layer, at.fc2, hidden_, hidden_width_, now.rows);
     }
   }
 
@@ -229,6 +212,10 @@ class Transformer {
   void project(int count, int begin, int end) {
     for (int64_t half = 0; half < (condition_.guided ? 2 : 1); ++half) {
       const int64_t first = half * samples_ * count + begin;
+      for (int64_t row = first; sums_of_ && row < first + end - begin; ++row) {
+        copy(own_h_ + row * width_, h_ + row * width_, static_cast<int>(width_));
+        add_sums(sums_of_, static_cast<int>(row), h_ + row * width_);
+      }
       Fp32::product(data_, packed_.proj_out, h_ + first * width_, width_, end - begin, 0, packed_.proj_out.columns,
                     [&](int r, int rows, int c, int columns, const float* v, int stride) {
                       for (int i = 0; i < rows; ++i)
@@ -276,8 +263,101 @@ class Transformer {
     return caches + q * caches_size() + (static_cast<int64_t>(layer) * s_.heads() + head) * cache_.size();
   }
 
-  void normalize(const float* layer, int64_t weight, int64_t bias, int row, Value* y) const {
-    const float* x = h_ + row * width_;
+  struct Tokens {  // that go through the layers together
+    int position, count, rows;
+    bool tokens;  // not the prefix
+  };
+
+  // Two members and few rows: two phases a layer in place of four. A part has its own heads and its own hidden units,
+  // so it can multiply what it has made of them with its half of proj's and fc2's inputs before it needs the other's;
+  // and its own copy of h, to which it adds both halves' sums.
+  bool pairs() const { return member_.count() == 2 && own_heads() && s_.mlp_hidden % (2 * kTileDepth) == 0; }
+
+  void layers_in_pairs(const Tokens& now) {
+    const PackedLayer& at = packed_.layer;
+    const int hidden = s_.mlp_hidden / 2, fc1 = s_.fc1_rows() / 2;
+    for (int j = 0; j < s_.layers; ++j) {
+      const float* layer = data_ + packed_.first_layer + j * packed_.layer_size;
+      member_.phase([&](int part) {
+        float* h = own_h_ + part * kFewRows * width_;
+        if (j == 0) std::memcpy(h, h_, sizeof(float) * now.rows * width_);
+        const Value* y =
+            normalized_sum(j == 0 ? nullptr : mlp_sums(), layer, at.norm1_weight, at.norm1_bias, now.rows, h);
+        attend_own_heads(part, layer, j, y, now, false);
+        half_product(part, layer, at.proj, attended_, width_, now.rows, attention_sums());
+      });
+      member_.phase([&](int part) {
+        float* h = own_h_ + part * kFewRows * width_;
+        const Value* y = normalized_sum(attention_sums(), layer, at.norm2_weight, at.norm2_bias, now.rows, h);
+        P::product(layer, at.fc1, y, width_, now.rows, part * fc1, (part + 1) * fc1, put_hidden());
+        half_product(part, layer, at.fc2, hidden_, hidden_width_, now.rows, mlp_sums());
+      });
+    }
+    sums_of_ = mlp_sums();
+  }
+
+  // [part][kFewRows][width]
+  float* attention_sums() const { return sums_; }
+  float* mlp_sums() const { return sums_ + 2 * kFewRows * width_; }
+
+  void half_product(int part, const float* layer, const PackedLinear& at, const Value* x, int64_t stride, int rows,
+                    float* sums) const {
+    const int half = at.second_half();
+    P::product(layer, at, part * half, (part + 1) * half, x, stride, rows, 0, at.columns,
+               [&](int row, int n, int c, int columns, const float* v, int from) {
+                 for (int r = 0; r < n; ++r)
+                   copy(v + r * from, sums + (part * kFewRows + row + r) * width_ + c, columns);
+               });
+  }
+
+  void add_sums(const float* sums, int row, float* h) const {
+    for (int part = 0; part < 2; ++part) add(sums + (part * kFewRows + row) * width_, h, static_cast<int>(width_));
+  }
+
+  // norm(h) after the sums, if there are any, were added to h
+  const Value* normalized_sum(const float* sums, const float* layer, int64_t weight, int64_t bias, int rows, float* h) {
+    Value* y = few_ + member_.me() * kFewRows * width_;
+    for (int r = 0; r < rows; ++r) {
+      if (sums) add_sums(sums, r, h + r * width_);
+      normalize(layer, weight, bias, h + r * width_, y + r * width_);
+    }
+    return y;
+  }
+
+  bool own_heads() const { return s_.heads() % member_.count() == 0 && s_.head_dim % kTileColumns == 0; }
+
+  void attend_own_heads(int part, const float* layer, int j, const Value* y, const Tokens& now, bool keys_only) {
+    const int own = s_.heads() / member_.count(), columns = own * s_.head_dim;
+    for (int i = 0; i < 3; ++i) {
+      const int first = i * s_.width + part * columns;
+      P::product(layer, packed_.layer.qkv, y, width_, now.rows, first, first + columns, put_qkv());
+    }
+    attend_units(0, sequences_ * own, own, part * own, layer, j, now, keys_only);
+  }
+
+  // Units of one head of one sequence: `heads` heads from first_head on of every sequence
+  void attend_units(int first, int last, int heads, int first_head, const float* layer, int j, const Tokens& now,
+                    bool keys_only) {
+    const auto at = [&](int u) { return cache(j, u / heads, first_head + u % heads); };
+    session_.rows(now.count);
+    for (int u = first; u < last; ++u)
+      attention(layer, u / heads, first_head + u % heads, at(u), at(u + 1 < last ? u + 1 : u), now.position, now.count,
+                now.tokens, keys_only);
+    session_.rows(now.rows);
+  }
+
+  auto put_qkv() const {
+    return [this](int row, int n, int c, int columns, const float* v, int stride) {
+      for (int r = 0; r < n; ++r) copy(v + r * stride, qkv_ + (row + r) * qkv_width_ + c, columns);
+    };
+  }
+  auto put_hidden() const {
+    return [this](int row, int n, int c, int columns, const float* v, int stride) {
+      for (int r = 0; r < n; ++r) gate(v + r * stride, row + r, c, columns);
+    };
+  }
+
+  void normalize(const float* layer, int64_t weight, int64_t bias, const float* x, Value* y) const {
     if (s_.norm == Norm::layernorm)
       layer_norm(x, layer + weight, layer + bias, y, s_.width);
     else
@@ -285,19 +365,33 @@ class Transformer {
   }
 
   // The columns of a product that are part `part`: whole panels if they can be shared evenly.
-  template <class Sink>
-  void multiply_part(int part, const float* layer, const PackedLinear& at, const Value* x, int64_t stride, int rows,
-                     Sink&& sink) const {
+  std::pair<int, int> part_columns(int part, const PackedLinear& at) const {
     const int members = member_.count();
     const int unit = at.columns % (kPanelColumns * members) == 0 ? kPanelColumns : kTileColumns;
     const int units = (at.columns + unit - 1) / unit;
-    const int first = units * part / members * unit, last = std::min(units * (part + 1) / members * unit, at.columns);
-    if (first < last) P::product(layer, at, x, stride, rows, first, last, sink);
+    return {units * part / members * unit, std::min(units * (part + 1) / members * unit, at.columns)};
   }
 
   template <class Sink>
-  void multiply(const float* layer, const PackedLinear& at, const Value* x, int64_t stride, int rows, Sink&& sink) {
-    member_.phase([&](int part) { multiply_part(part, layer, at, x, stride, rows, sink); });
+  void multiply_part(int part, const float* layer, const PackedLinear& at, const Value* x, int64_t stride, int rows,
+                     Sink&& sink) const {
+    const auto [first, last] = part_columns(part, at);
+    if (first < last) P::product(layer, at, x, stride, rows, first, last, sink);
+  }
+
+  // h += x W^T + bias, the sums of the second half of the inputs after those of the first
+  void add_product(const float* layer, const PackedLinear& at, const Value* x, int64_t stride, int rows) {
+    const auto add_to_h = [&](int row, int n, int c, int columns, const float* v, int from) {
+      columns = std::min<int>(columns, static_cast<int>(width_) - c);
+      for (int r = 0; r < n; ++r) add(v + r * from, h_ + (row + r) * width_ + c, columns);
+    };
+    member_.phase([&](int part) {
+      const auto [first, last] = part_columns(part, at);
+      const int half = at.second_half();
+      if (first >= last) return;
+      P::product(layer, at, 0, half, x, stride, rows, first, last, add_to_h);
+      if (half < at.in) P::product(layer, at, half, at.in, x, stride, rows, first, last, add_to_h);
+    });
   }
 
   // A phase that needs norm(h): use(part, norm(h) [rows][width])
@@ -308,11 +402,11 @@ class Transformer {
       member_.phase([&](int part) {
         const int members = member_.count();
         for (int r = rows * part / members; r < rows * (part + 1) / members; ++r)
-          normalize(layer, weight, bias, r, y_ + r * width_);
+          normalize(layer, weight, bias, h_ + r * width_, y_ + r * width_);
       });
     member_.phase([&](int part) {
       Value* y = few ? few_ + member_.me() * kFewRows * width_ : y_;
-      for (int r = 0; few && r < rows; ++r) normalize(layer, weight, bias, r, y + r * width_);
+      for (int r = 0; few && r < rows; ++r) normalize(layer, weight, bias, h_ + r * width_, y + r * width_);
       use(part, y);
     });
   }
@@ -372,13 +466,16 @@ class Transformer {
   const int64_t width_, qkv_width_, hidden_width_, raw_width_;  // row strides of the buffers below
   int64_t max_rows_ = 0, scores_width_ = 0, values_size_ = 0, first_ = 0;
   int samples_ = 0, sequences_ = 0;
+  bool paired_ = false;
+  const float* sums_of_ = nullptr;  // what is still to be added to h, after layers_in_pairs
 
   // shared by the crew
   float* h_ = nullptr;    // [rows][width]  the residual stream
   float* qkv_ = nullptr;  // [rows][3 width]
   float* raw_ = nullptr;  // [rows][2D or D]
   Value *values_ = nullptr, *y_ = nullptr, *attended_ = nullptr, *hidden_ = nullptr;  // [rows][width], .., [F]
-  float* own_caches_ = nullptr;  // [sequence][layer][head][cache_.size()]
+  float *own_h_ = nullptr, *sums_ = nullptr;  // of layers_in_pairs: [part][kFewRows][width], [2][part][kFewRows][width]
+  float* own_caches_ = nullptr;               // [sequence][layer][head][cache_.size()]
   // one for each member
   Value* few_ = nullptr;     // [kFewRows][width]  normalised
   float* scores_ = nullptr;  // [tokens]
