@@ -66,6 +66,28 @@ def test_a_sample_does_not_depend_on_batch_or_threads(name, precision, isa, thre
         assert torch.equal(decode(slice(5, 6)), whole[5:6])  # a crew of n
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(gate="swiglu", norm="rmsnorm", num_classes=3, class_tokens=2),
+        dict(start_token=True, rope=True, flip=True, layers=3),
+        dict(mlp_hidden=544),  # not shared: a half would not be whole tiles
+    ],
+)
+def test_two_threads_share_the_heads_and_hidden_units_of_few_rows(changes, precision, isa, threads):
+    config = BlockConfig(**{**BASE, "width": 128, "head_dim": 64, "mlp_hidden": 512, **changes})
+    packed = pack_block(random_weights(config), config, precision)
+    z, context = torch.randn(4, 9, 4), torch.randn(4, 5, 128)
+    for rows, guidance in [(1, 0.0), (2, 0.0), (4, 0.0), (1, 0.7), (2, 0.7), (3, 0.7)]:
+        given = dict(context=context[:rows], null_context=torch.randn(rows, 5, 128), guidance=guidance, attn_temp=0.8)
+        threads(1)
+        one = decode_block(z[:rows], packed, config, **given)
+        threads(2)
+        assert torch.equal(decode_block(z[:rows], packed, config, **given), one)
+
+
 def test_guidance_is_an_extrapolation_of_two_runs_for_the_first_free_token():
     """Token 1 depends on token 0 alone, so its guided value follows from unguided runs of the op."""
     config = BlockConfig(**{**BASE, "tokens": 2, "num_classes": 3})

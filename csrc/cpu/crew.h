@@ -37,8 +37,8 @@ struct Schedule {
 // `work`: words of weights a row is multiplied with.
 inline Schedule make_schedule(int64_t samples, int64_t rows_per_sample, int64_t max_rows, int64_t own_rows,
                               int64_t work, int threads) {
-  constexpr int64_t kShare =
-      180 << 10;  // words times rows that a member must have: less is done before the others know
+  // words times rows that a member must have: less is done before the others know
+  constexpr int64_t kShare = 90 << 10;
   const auto round_up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
   Schedule s;
   s.samples = samples;

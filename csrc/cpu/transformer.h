@@ -84,9 +84,8 @@ class Transformer {
     raw_ = scratch.take<float>(rows * raw_width_);
     values_ = scratch.take<Value>(rows * (2 * width_ + hidden_width_));
     few_ = scratch.take<Value>(member.count() * kFewRows * width_);
-    paired_ = pairs();
-    own_h_ = scratch.take<float>(paired_ ? 2 * kFewRows * width_ : 0);
-    sums_ = scratch.take<float>(paired_ ? 4 * kFewRows * width_ : 0);
+    own_h_ = scratch.take<float>(2 * kFewRows * width_);
+    sums_ = scratch.take<float>(rows * width_);
     scores_width_ = Attention::scratch(cache_);
     scores_ = scratch.take<float>(member.count() * scores_width_);
     own_caches_ = caches ? nullptr : scratch.take<float>(sequences * caches_size());
@@ -180,8 +179,8 @@ class Transformer {
   void layers(int position, int count, bool tokens) {
     const Tokens now{position, count, sequences_ * count, tokens};
     session_.rows(now.rows);
-    sums_of_ = nullptr;
-    if (paired_ && tokens && now.rows <= kFewRows) return layers_in_pairs(now);
+    unfinished_ = nullptr;
+    if (tokens && now.rows <= kFewRows && pairs()) return layers_in_pairs(now);
     const int heads = s_.heads(), members = member_.count();
     const PackedLayer& at = packed_.layer;
     for (int j = 0; j < s_.layers; ++j) {
@@ -212,9 +211,9 @@ class Transformer {
   void project(int count, int begin, int end) {
     for (int64_t half = 0; half < (condition_.guided ? 2 : 1); ++half) {
       const int64_t first = half * samples_ * count + begin;
-      for (int64_t row = first; sums_of_ && row < first + end - begin; ++row) {
+      for (int64_t row = first; unfinished_ && row < first + end - begin; ++row) {
         copy(own_h_ + row * width_, h_ + row * width_, static_cast<int>(width_));
-        add_sums(sums_of_, static_cast<int>(row), h_ + row * width_);
+        add_halves(unfinished_, row, h_ + row * width_);
       }
       Fp32::product(data_, packed_.proj_out, h_ + first * width_, width_, end - begin, 0, packed_.proj_out.columns,
                     [&](int r, int rows, int c, int columns, const float* v, int stride) {
@@ -251,6 +250,9 @@ class Transformer {
     for (; i + kLanes <= n; i += kLanes) store(to + i, load(to + i) + load(from + i));
     for (; i < n; ++i) to[i] += from[i];
   }
+  static void add_both(const float* a, const float* b, float* to, int n) {  // n: whole groups of columns
+    for (int i = 0; i < n; i += kLanes) store(to + i, load(to + i) + (load(a + i) + load(b + i)));
+  }
 
   bool unconditional(int sequence) const { return sequence >= samples_; }
   int64_t sample(int sequence) const { return first_ + (unconditional(sequence) ? sequence - samples_ : sequence); }
@@ -275,7 +277,7 @@ class Transformer {
 
   void layers_in_pairs(const Tokens& now) {
     const PackedLayer& at = packed_.layer;
-    const int hidden = s_.mlp_hidden / 2, fc1 = s_.fc1_rows() / 2;
+    const int fc1 = s_.fc1_rows() / 2;
     for (int j = 0; j < s_.layers; ++j) {
       const float* layer = data_ + packed_.first_layer + j * packed_.layer_size;
       member_.phase([&](int part) {
@@ -293,7 +295,7 @@ class Transformer {
         half_product(part, layer, at.fc2, hidden_, hidden_width_, now.rows, mlp_sums());
       });
     }
-    sums_of_ = mlp_sums();
+    unfinished_ = mlp_sums();
   }
 
   // [part][kFewRows][width]
@@ -304,21 +306,18 @@ class Transformer {
                     float* sums) const {
     const int half = at.second_half();
     P::product(layer, at, part * half, (part + 1) * half, x, stride, rows, 0, at.columns,
-               [&](int row, int n, int c, int columns, const float* v, int from) {
-                 for (int r = 0; r < n; ++r)
-                   copy(v + r * from, sums + (part * kFewRows + row + r) * width_ + c, columns);
-               });
+               put_sums(sums + part * kFewRows * width_));
   }
 
-  void add_sums(const float* sums, int row, float* h) const {
-    for (int part = 0; part < 2; ++part) add(sums + (part * kFewRows + row) * width_, h, static_cast<int>(width_));
+  void add_halves(const float* sums, int64_t row, float* h) const {
+    add_both(sums + row * width_, sums + (kFewRows + row) * width_, h, static_cast<int>(width_));
   }
 
   // norm(h) after the sums, if there are any, were added to h
   const Value* normalized_sum(const float* sums, const float* layer, int64_t weight, int64_t bias, int rows, float* h) {
     Value* y = few_ + member_.me() * kFewRows * width_;
     for (int r = 0; r < rows; ++r) {
-      if (sums) add_sums(sums, r, h + r * width_);
+      if (sums) add_halves(sums, r, h + r * width_);
       normalize(layer, weight, bias, h + r * width_, y + r * width_);
     }
     return y;
@@ -351,6 +350,12 @@ class Transformer {
       for (int r = 0; r < n; ++r) copy(v + r * stride, qkv_ + (row + r) * qkv_width_ + c, columns);
     };
   }
+  auto put_sums(float* sums) const {
+    return [this, sums](int row, int n, int c, int columns, const float* v, int stride) {
+      columns = std::min<int>(columns, static_cast<int>(width_) - c);
+      for (int r = 0; r < n; ++r) copy(v + r * stride, sums + (row + r) * width_ + c, columns);
+    };
+  }
   auto put_hidden() const {
     return [this](int row, int n, int c, int columns, const float* v, int stride) {
       for (int r = 0; r < n; ++r) gate(v + r * stride, row + r, c, columns);
@@ -379,18 +384,24 @@ class Transformer {
     if (first < last) P::product(layer, at, x, stride, rows, first, last, sink);
   }
 
-  // h += x W^T + bias, the sums of the second half of the inputs after those of the first
+  // h += x W^T + bias: the sums of each half of the inputs, added to one another, then to h
   void add_product(const float* layer, const PackedLinear& at, const Value* x, int64_t stride, int rows) {
-    const auto add_to_h = [&](int row, int n, int c, int columns, const float* v, int from) {
-      columns = std::min<int>(columns, static_cast<int>(width_) - c);
-      for (int r = 0; r < n; ++r) add(v + r * from, h_ + (row + r) * width_ + c, columns);
-    };
     member_.phase([&](int part) {
       const auto [first, last] = part_columns(part, at);
       const int half = at.second_half();
       if (first >= last) return;
-      P::product(layer, at, 0, half, x, stride, rows, first, last, add_to_h);
-      if (half < at.in) P::product(layer, at, half, at.in, x, stride, rows, first, last, add_to_h);
+      if (half < at.in) P::product(layer, at, 0, half, x, stride, rows, first, last, put_sums(sums_));
+      P::product(layer, at, half < at.in ? half : 0, at.in, x, stride, rows, first, last,
+                 [&](int row, int n, int c, int columns, const float* v, int from) {
+                   columns = std::min<int>(columns, static_cast<int>(width_) - c);
+                   for (int r = 0; r < n; ++r) {
+                     float* h = h_ + (row + r) * width_ + c;
+                     if (half < at.in)
+                       add_both(sums_ + (row + r) * width_ + c, v + r * from, h, columns);
+                     else
+                       add(v + r * from, h, columns);
+                   }
+                 });
     });
   }
 
@@ -466,16 +477,16 @@ class Transformer {
   const int64_t width_, qkv_width_, hidden_width_, raw_width_;  // row strides of the buffers below
   int64_t max_rows_ = 0, scores_width_ = 0, values_size_ = 0, first_ = 0;
   int samples_ = 0, sequences_ = 0;
-  bool paired_ = false;
-  const float* sums_of_ = nullptr;  // what is still to be added to h, after layers_in_pairs
+  const float* unfinished_ = nullptr;  // after layers_in_pairs: both halves of what is still to be added to h
 
   // shared by the crew
   float* h_ = nullptr;    // [rows][width]  the residual stream
   float* qkv_ = nullptr;  // [rows][3 width]
   float* raw_ = nullptr;  // [rows][2D or D]
   Value *values_ = nullptr, *y_ = nullptr, *attended_ = nullptr, *hidden_ = nullptr;  // [rows][width], .., [F]
-  float *own_h_ = nullptr, *sums_ = nullptr;  // of layers_in_pairs: [part][kFewRows][width], [2][part][kFewRows][width]
-  float* own_caches_ = nullptr;               // [sequence][layer][head][cache_.size()]
+  float* own_h_ = nullptr;       // [part][kFewRows][width]  of layers_in_pairs
+  float* sums_ = nullptr;        // [rows][width], or [of proj, of fc2][half][kFewRows][width], of halves of the inputs
+  float* own_caches_ = nullptr;  // [sequence][layer][head][cache_.size()]
   // one for each member
   Value* few_ = nullptr;     // [kFewRows][width]  normalised
   float* scores_ = nullptr;  // [tokens]
