@@ -20,7 +20,7 @@ demo: $(BUILT)
 	$(BIN)/biflow demo --out $(OUT) --resume
 
 test: $(BUILT)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -9,6 +9,7 @@ from .backends import BUILD, NAMES, get
 
 def pytest_addoption(parser):
     parser.addoption("--emulator", type=Path, default=BUILD, help="folder of the emulated libraries")
+    parser.addoption("--every-order", action="store_true", help="also what is left out on some backends for time")
     parser.addoption("--backends", default=",".join(NAMES), help="where the kernel tests run (default: %(default)s)")
 
 
@@ -23,3 +24,10 @@ def pytest_collection_modifyitems(config, items):
 def backend(request):
     """Runs the test on every backend: the emulator with the race checker and in several orders, and a GPU."""
     return get(request.param, request.config.getoption("--emulator", BUILD))
+
+
+@pytest.fixture
+def leave_out(request):
+    """leave_out(why): skips what takes long, unless `--every-order` asks for it."""
+    every = request.config.getoption("--every-order", False)
+    return lambda why: None if every else pytest.skip(f"for time: {why}")

@@ -11,7 +11,8 @@ from biflow.ops.decode_block import BlockConfig, condition, pack_block
 from .decode_twin import Twin
 
 PRECISIONS = ("fp32", "bf16")
-# What takes the emulator seconds runs in one order of threads there, and some of it with the race checker.
+# What takes the emulator seconds runs in one order of threads there, and some of it with the race checker;
+# `--every-order` runs it all.
 LONG = {"context_and_class_tokens", "tiles", "crew", "wide_head", "wide_panels", "tails"}
 EVERY_ORDER = {"tarflow", "guided_annealed", "start_token_flip", "modern", "context", "shift_only"}
 # [persistent, row_tiles, blocks, splits, warps, norm_in_place]
@@ -106,20 +107,20 @@ def cpu(options):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", CASES)
-def test_parity(backend, name, precision):
+def test_parity(backend, name, precision, leave_out):
     if backend.name in ("reverse", "random") and name not in EVERY_ORDER:
-        pytest.skip("for time: in forward order only; EVERY_ORDER runs in all")
+        leave_out("in forward order only; EVERY_ORDER runs in all")
     if backend.name == "race" and name in LONG - {"tails", "tiles"}:
-        pytest.skip("for time: ten seconds and more with the race checker")
+        leave_out("ten seconds and more with the race checker")
     call, z = make_call(backend, name, precision)
     check(call, z)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_plans(backend, plan, precision):
+def test_plans(backend, plan, precision, leave_out):
     if backend.name == "reverse":
-        pytest.skip("seconds in the emulator: forward, random, and with the race checker")
+        leave_out("forward, random, and with the race checker")
     call, z = make_call(backend, "modern", precision, batch=5)
     check(call, z, PLANS[plan])
     if PLANS[plan][3] > 1:  # for few sequences only
@@ -153,19 +154,19 @@ def test_ragged_shapes(backend, tokens, precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_many_tokens(backend, precision):
+def test_many_tokens(backend, precision, leave_out):
     if backend.name in ("reverse", "random"):
-        pytest.skip("seconds in the emulator: in one order, and with the race checker")
+        leave_out("in one order, and with the race checker")
     config = BlockConfig(**{**BASE, "tokens": 256, "width": 16, "head_dim": 16, "mlp_hidden": 16, "layers": 1})
     z = torch.randn(1, 256, 4, generator=torch.Generator().manual_seed(0))
     check(Call(backend, config, random_weights(config), precision, {}), z, ONE)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_bits_do_not_depend_on_rows_and_blocks(backend, precision):
+def test_bits_do_not_depend_on_rows_and_blocks(backend, precision, leave_out):
     """Nor on how it is launched, nor on the samples beside one, nor on the run."""
     if backend.name in ("reverse", "random"):
-        pytest.skip("for time: forward, and with the race checker")
+        leave_out("forward, and with the race checker")
     config, z, options = make_small("guided_annealed", 17, tokens=3)  # 34 sequences
     call = Call(backend, config, random_weights(config), precision, options)
     want = call(z, [0, 1, 3, 1, 8, 0])
@@ -242,10 +243,10 @@ TWINS = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("name", TWINS)
-def test_every_phase_against_the_twin(backend, name, splits, precision):
+def test_every_phase_against_the_twin(backend, name, splits, precision, leave_out):
     """Stopped after each phase: what it wrote is what the twin makes of the buffers before, the rest is as it was."""
     if backend.name not in ("forward", "cuda"):
-        pytest.skip("for time: a launch a phase, stopped after each, in one order")
+        leave_out("a launch a phase, stopped after each, in one order")
     config, z, options = make_small(name, 2, **TWINS[name])
     if splits > 1 and config.head_dim % 8:
         pytest.skip("splits need a head_dim of whole 16 bytes")
