@@ -140,7 +140,7 @@ def test_killed_survived_and_not_compiled(monkeypatch):
     campaign = mutants.Campaign()
     checks = campaign.checks  # all ops over the barrier would take minutes
     monkeypatch.setattr(campaign, "checks", lambda *at: [c for c in checks(*at) if c.target.startswith("conformance")])
-    campaign.measure({BARRIER})
+    campaign.measure({BARRIER}, 2)
     results = [campaign.run(mutant) for mutant in (fence, same, broken)]
     assert [r["result"] for r in results] == ["killed", "survived", "does not compile"]
     assert "race, read after write" in results[0]["by"]

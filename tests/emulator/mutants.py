@@ -221,16 +221,21 @@ class Check:
     target: str
     words: tuple[str, ...]  # "{}" stands for the folder
 
-    def run(self, folder: Path, seconds: int | None = None) -> subprocess.CompletedProcess[str]:
+    def run(self, folder: Path, seconds: int) -> subprocess.CompletedProcess[str]:
         """With at most `seconds` of the CPU's time, which does not depend on what else runs there."""
-        limits = f"ulimit -v {GIGABYTES << 20}; ulimit -t {'unlimited' if seconds is None else seconds}"
-        command = [
-            "bash",
-            "-c",
-            f'{limits}; exec "$@"',
-            "check",
-            *(word.replace("{}", str(folder)) for word in self.words),
-        ]
+        return self._run(folder, f'ulimit -t {seconds}; exec "$@"')
+
+    def measure(self, folder: Path) -> float:
+        """The seconds of the CPU's time that it takes; it must pass."""
+        done = self._run(folder, '"$@" && times >&2')
+        if done.returncode != 0:
+            raise SystemExit(f"without a defect, {' '.join(self.words)} fails:\n{done.stdout[-3000:]}")
+        minutes, rest = done.stderr.splitlines()[-1].split()[0].split("m")  # of the children: 1m2.345s 0m0.678s
+        return 60 * int(minutes) + float(rest.removesuffix("s"))
+
+    def _run(self, folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+        words = [word.replace("{}", str(folder)) for word in self.words]
+        command = ["env", "LC_ALL=C", "bash", "-c", f"ulimit -v {GIGABYTES << 20}; {script}", "check", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -269,18 +274,16 @@ class Campaign:
             checks.append(Check(f"libbiflow_emulated_{variant}.so", (sys.executable, *PYTEST, *options, *tests)))
         return checks
 
-    def measure(self, files: set[str]) -> None:
+    def measure(self, files: set[str], jobs: int) -> None:
         """What is not changed must pass, and tells how long a defective one may take."""
-        for file in sorted(files):
-            for check in (check for stage in STAGES for check in self.checks(file, *stage)):
-                if check in self.limits:
-                    continue
-                before = resource.getrusage(resource.RUSAGE_CHILDREN)
-                done = check.run(ROOT if check.target == PYTHON_TREE else BUILD)
-                after = resource.getrusage(resource.RUSAGE_CHILDREN)
-                if done.returncode != 0:
-                    raise SystemExit(f"without a defect, {' '.join(check.words)} fails:\n{done.stdout[-3000:]}")
-                self.limits[check] = 10 + 3 * round(after.ru_utime - before.ru_utime)
+        checks = {check for file in files for stage in STAGES for check in self.checks(file, *stage)}
+        ordered = sorted(checks, key=lambda check: -len(check.words))  # those of most tests first
+
+        def limit(check: Check) -> int:
+            return 10 + 3 * round(check.measure(ROOT if check.target == PYTHON_TREE else BUILD))
+
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            self.limits = dict(zip(ordered, pool.map(limit, ordered), strict=True))
 
     def run(self, mutant: Mutant) -> dict:
         start = time.monotonic()
@@ -340,7 +343,7 @@ def main() -> None:
     untested = {m.file for m in mutants if not campaign.checks(m.file, *STAGES[0])}
     if untested:
         raise SystemExit(f"no tests in tests/kernels for {', '.join(sorted(untested))}")
-    campaign.measure({m.file for m in mutants})
+    campaign.measure({m.file for m in mutants}, arguments.jobs)
 
     results = []
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
