@@ -1,5 +1,6 @@
 #include "block_params.h"
 
+#include "cpu/runner.h"
 #include "cpu/transformer.h"
 
 namespace biflow::cpu::BIFLOW_ISA {

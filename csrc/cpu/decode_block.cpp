@@ -1,6 +1,7 @@
 #include "decode_block.h"
 
 #include "cpu/affine_math.h"
+#include "cpu/runner.h"
 #include "cpu/transformer.h"
 
 namespace biflow::cpu::BIFLOW_ISA {
