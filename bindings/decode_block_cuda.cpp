@@ -33,9 +33,10 @@ Tensor pack_block(std::vector<Tensor> weights, int64_t tokens, int64_t channels,
   return packed;
 }
 
-// [persistent, row_tiles, blocks, splits, warps, norm_in_place]; none: the device's own.
-DecodePlan make_plan(const DecodeBlockParams& p, const std::vector<int64_t>& given) {
-  if (given.empty()) return biflow::cuda::decode_plan(p);
+// [persistent, row_tiles, blocks, splits, warps, norm_in_place]; none: what decode_plan chooses for the machine.
+DecodePlan make_plan(const DecodeBlockParams& p, const std::vector<int64_t>& given,
+                     const biflow::cuda::DecodeMachine& machine) {
+  if (given.empty()) return biflow::cuda::decode_plan(p, machine);
   STD_TORCH_CHECK(
       given.size() == 6,
       "decode_block: plan must be [persistent, row_tiles, blocks, splits, warps, norm_in_place] or [], got ",
@@ -72,7 +73,7 @@ void decode_block_(Tensor z, Tensor packed, OptionalTensor added, OptionalTensor
       guide, anneal, attn_temp, biflow::Target::cuda, &z);
   if (z.numel() == 0) return;
   const Launch launch(z);
-  const DecodePlan how = make_plan(p, plan);
+  const DecodePlan how = make_plan(p, plan, biflow::cuda::decode_machine());
   const int64_t words = biflow::cuda::decode_buffers(p, how).words;
   Tensor memory = workspace.has_value() ? *workspace : torch::stable::new_empty(z, {words});
   biflow::check_tensor("decode_block", "workspace", memory, {memory.numel()}, &z);
@@ -109,7 +110,7 @@ Tensor decode_block(Tensor z, Tensor packed, OptionalTensor added, OptionalTenso
 std::vector<int64_t> decode_block_buffers(int64_t batch, bool guided, int64_t prefix_tokens, int64_t tokens,
                                           int64_t channels, int64_t width, int64_t layers, int64_t head_dim,
                                           int64_t mlp_hidden, bool start_token, bool shift_only, std::string precision,
-                                          std::vector<int64_t> plan) {
+                                          std::vector<int64_t> plan, std::vector<int64_t> machine) {
   DecodeBlockParams p;
   p.shape = biflow::make_shape(tokens, channels, width, layers, head_dim, mlp_hidden, "rmsnorm", "gelu", false, false,
                                false, start_token, shift_only, precision);
@@ -119,11 +120,35 @@ std::vector<int64_t> decode_block_buffers(int64_t batch, bool guided, int64_t pr
   p.condition.guided = guided, p.condition.prefix_tokens = static_cast<int>(prefix_tokens);
   static float never_read[2];
   p.z = never_read, p.x = never_read + 1;
-  const DecodePlan how = make_plan(p, plan);
+  STD_TORCH_CHECK(machine.empty() || machine.size() == 3,
+                  "decode_block_buffers: machine must be [multiprocessors, bytes of shared memory, cooperative] or "
+                  "[], got ",
+                  machine.size(), " numbers");
+  biflow::cuda::DecodeMachine on;
+  if (machine.empty())
+    on = biflow::cuda::decode_machine();
+  else
+    on = {static_cast<int>(machine[0]), static_cast<size_t>(machine[1]), machine[2] != 0};
+  const DecodePlan how = make_plan(p, plan, on);
   const biflow::cuda::DecodeBuffers at = biflow::cuda::decode_buffers(p, how);
-  return {how.persistent, how.row_tiles, how.blocks, how.splits, how.warps, how.norm_in_place,
-          at.words,       at.x,          at.y,       at.o,       at.h,      at.partial,
-          at.lse,         at.qkv,        at.raw,     at.cache};
+  return {how.persistent,
+          how.row_tiles,
+          how.blocks,
+          how.splits,
+          how.warps,
+          how.norm_in_place,
+          at.words,
+          at.x,
+          at.y,
+          at.o,
+          at.h,
+          at.partial,
+          at.lse,
+          at.qkv,
+          at.raw,
+          at.cache,
+          static_cast<int64_t>(biflow::cuda::decode_shared_bytes(p, how)),
+          static_cast<int64_t>(on.shared)};
 }
 
 }  // namespace

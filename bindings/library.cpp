@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
   // CUDA: plan as used, words of workspace, where its buffers lie: csrc/decode_block.h, bindings/decode_block_cuda.cpp
   m.def(
       "decode_block_buffers(*, int batch, bool guided, int prefix_tokens, int tokens, int channels, int width, "
-      "int layers, int head_dim, int mlp_hidden, bool start_token, bool shift_only, str precision, int[] plan=[]) "
-      "-> int[]");
+      "int layers, int head_dim, int mlp_hidden, bool start_token, bool shift_only, str precision, int[] plan=[], "
+      "int[] machine=[]) -> int[]");
 
   // raw parameters of the tokens start <= n < stop (block order) in one parallel pass; cache: keys and values
   m.def(

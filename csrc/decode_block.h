@@ -39,17 +39,27 @@ struct DecodePlan {
   bool norm_in_place = false;  // every block normalises for itself, one phase less; row_tiles == 1
 };
 
-// The current device's. p.packed is for Target::cuda; B >= 1, B and T below 2^20.
-DecodePlan decode_plan(const DecodeBlockParams& p);
+// What a plan depends on of a GPU.
+struct DecodeMachine {
+  int multiprocessors = 0;
+  size_t shared = 0;         // bytes of shared memory that a block may have
+  bool cooperative = false;  // whether it takes cooperative launches
+};
+DecodeMachine decode_machine();  // the current device
+// The fastest, by estimates. p.packed is for Target::cuda; B >= 1, B and T below 2^20.
+DecodePlan decode_plan(const DecodeBlockParams& p, const DecodeMachine& machine);
+// Bytes of shared memory that a block needs.
+size_t decode_shared_bytes(const DecodeBlockParams& p, const DecodePlan& plan);
 // Scratch memory in 32-bit words: how many, and where the buffers of csrc/cuda/decode_block_state.cuh start. Some are
 // empty.
 struct DecodeBuffers {
   int64_t words = 0, x = 0, y = 0, o = 0, h = 0, partial = 0, lse = 0, qkv = 0, raw = 0, cache = 0;
 };
 DecodeBuffers decode_buffers(const DecodeBlockParams& p, const DecodePlan& plan);
-// Enqueues on the stream (a cudaStream_t) of the current device; returns a cudaError_t. packed and workspace are
-// 16-byte aligned, added and null_added 8-byte aligned. phases: to stop after so many of them, where they are launches
-// of their own; negative: all.
+// Enqueues on the stream (a cudaStream_t) of the current device; returns a cudaError_t. One launch a phase in place of
+// a cooperative launch whose blocks could not all be resident: the same bits. packed and workspace are 16-byte aligned,
+// added and null_added 8-byte aligned. phases: to stop after so many of them, where they are launches of their own;
+// negative: all.
 int decode_block(const DecodeBlockParams& p, const DecodePlan& plan, float* workspace, int64_t phases, void* stream);
 
 // One tensor of the state_dict into packed memory, which was zero.

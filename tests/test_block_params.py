@@ -181,6 +181,7 @@ def test_a_sample_does_not_depend_on_batch_or_threads(name, precision, isa, thre
         assert torch.equal(params(slice(None)), whole)
         assert torch.equal(params(slice(0, 1)), whole[:1])  # a crew of n
         assert torch.equal(params(slice(0, 2), size=4), whole[:2])
+        assert torch.equal(params(slice(0, 1), size=2), whole[:1])  # few rows, which two threads share in two phases
 
 
 def test_empty_batch():

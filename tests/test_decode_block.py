@@ -72,16 +72,18 @@ def test_a_sample_does_not_depend_on_batch_or_threads(name, precision, isa, thre
     [
         dict(),
         dict(gate="swiglu", norm="rmsnorm", num_classes=3, class_tokens=2),
-        dict(start_token=True, rope=True, flip=True, layers=3),
-        dict(mlp_hidden=544),  # not shared: a half would not be whole tiles
+        dict(start_token=True, rope=True, flip=True),
+        dict(mlp_hidden=544),  # four phases: a half would not be whole tiles
     ],
 )
 def test_two_threads_share_the_heads_and_hidden_units_of_few_rows(changes, precision, isa, threads):
-    config = BlockConfig(**{**BASE, "width": 128, "head_dim": 64, "mlp_hidden": 512, **changes})
+    """So many weights that up to 31 rows are shared by columns, not by samples."""
+    sizes = dict(tokens=5, width=256, head_dim=64, mlp_hidden=1024, layers=2)
+    config = BlockConfig(**{**BASE, **sizes, **changes})
     packed = pack_block(random_weights(config), config, precision)
-    z, context = torch.randn(4, 9, 4), torch.randn(4, 5, 128)
-    for rows, guidance in [(1, 0.0), (2, 0.0), (4, 0.0), (1, 0.7), (2, 0.7), (3, 0.7)]:
-        given = dict(context=context[:rows], null_context=torch.randn(rows, 5, 128), guidance=guidance, attn_temp=0.8)
+    z, context, null = torch.randn(4, 5, 4), torch.randn(4, 3, 256), torch.randn(4, 3, 256)
+    for rows, guidance in [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0), (1, 0.7), (2, 0.7), (3, 0.7)]:
+        given = dict(context=context[:rows], null_context=null[:rows], guidance=guidance, attn_temp=0.8)
         threads(1)
         one = decode_block(z[:rows], packed, config, **given)
         threads(2)

@@ -332,6 +332,20 @@ def test_other_kinds_of_decode_make_room(monkeypatch, workspace):
         block.iterate(z[:3], Condition(Y[:3]))
 
 
+def test_a_graph_per_precision_of_fp32_products(workspace):
+    """What a graph was recorded with must not outlive torch.set_float32_matmul_precision."""
+    flow, matmul = small_flow(), torch.backends.cuda.matmul
+    z, block = noise(flow), flow.blocks[0]
+    try:
+        for precision in ("ieee", "tf32", "ieee", "tf32"):
+            matmul.fp32_precision = precision
+            block.iterate(z, Condition(Y)).update(0, 25)
+            gc.collect()
+    finally:
+        matmul.fp32_precision = "none"
+    assert len(block._iterates.states) == 2
+
+
 def test_bad_conditions_are_named():
     flow = small_flow(context_dim=5)
     block, z = flow.blocks[0], noise(flow)

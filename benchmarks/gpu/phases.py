@@ -61,6 +61,7 @@ def recorded(subject: Subject, batch: int, precision: str) -> Callable[[int], Ca
             graph.replay()
             return x
 
+        replay.graph_reads = call  # its workspace, weights and condition
         return replay
 
     return decoder

@@ -264,7 +264,8 @@ class Iterates(States):
             check_block_call("z", z, live, block.config, **options)
             given = condition(live, batch, **options)
             shapes = tuple(None if t is None else t.shape for t in given.tensors)
-            name = (batch, precisions, shapes, tuple(sorted(given.options.items())))
+            products = torch.backends.cuda.matmul.fp32_precision  # TF32 or not: a graph keeps the kernels of then
+            name = (batch, precisions, shapes, tuple(sorted(given.options.items())), products)
             state = self.take(space, name, functools.partial(_make_state, space, name, weights, z, given))
             try:
                 state.begin(z, given)

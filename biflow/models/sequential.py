@@ -73,6 +73,8 @@ class Sequential(States):
         options: the keyword arguments of `ops.decode_block`. period: counts the `frozen` that this is called in; None:
         in none.
         """
+        if any(weights.device != z.device for weights in self._weights.values()):
+            self.forget()  # the block has moved
         space = workspace(z.device)
         with torch.inference_mode(False), torch.no_grad(), space.lock, space.recorder.turn(z.device):
             weights, table = self._current(space, block, precision, period), block.class_embed

@@ -315,13 +315,21 @@ def call_options(weights: BlockWeights, given: Condition) -> dict[str, object]:
 def gpu_plan(weights: BlockWeights, batch: int, given: Condition) -> tuple[list[int], int]:
     """How a decode of `batch` samples is divided on the current GPU (csrc/decode_block.h), and its words of workspace.
 
-    The first number of the plan says whether it is one launch, and not one a phase.
+    The first number of the plan says whether it is one launch, and not one a phase. ValueError for a block that is too
+    wide for the GPU.
     """
     names = ("width", "layers", "head_dim", "mlp_hidden", "start_token", "shift_only", "precision")
     found = torch.ops.biflow.decode_block_buffers(
         batch=batch, guided=given.passes == 2, prefix_tokens=given.prefix_tokens, tokens=weights.config.tokens,
         channels=weights.config.channels, **{name: weights.shape_options[name] for name in names},
     )  # fmt: skip
+    shared, limit = found[16:]
+    if shared > limit:
+        c = weights.config
+        raise ValueError(
+            f"decode_block: expected tokens whose channels fit in this GPU's {limit} bytes of shared memory a block; "
+            f"{c.channels} channels at width {c.width} need {shared}"
+        )
     return found[:6], found[6]
 
 
@@ -374,6 +382,10 @@ def decode_block(
         return torch.ops.biflow.decode_block(*tensors, **options)
     # with nothing to record, the call that has no autograd formula: the formula's Python costs 25 us each time
     out = torch.empty_like(tensors[0]) if out is None else out
+    if z.is_cuda and z.numel() and not torch.compiler.is_compiling():
+        with torch.cuda.device_of(z):  # the memory is taken here, where too little of it has torch's own error
+            options["plan"], words = gpu_plan(weights, z.shape[0], given)
+            options["workspace"] = z.new_empty(words)
     torch.ops.biflow.decode_block_(*tensors, out, **options)
     return out
 

@@ -212,10 +212,10 @@ BIFLOW_DEVICE uint32_t fetch_add_relaxed(uint32_t* p, uint32_t v) {
 }
 
 // In a loop that waits for other blocks; turn: of the loop. With BIFLOW_WATCHDOG (CMake) a kernel that waits for
-// seconds ends with an error instead of holding the GPU for ever.
+// millions of turns, some seconds, ends with an error instead of holding the GPU for ever.
 BIFLOW_DEVICE void spin(uint32_t turn = 0) {
 #ifdef BIFLOW_WATCHDOG
-  if (turn == 1u << 26) __trap();
+  if (turn == 1u << 23) __trap();
 #else
   (void)turn;
 #endif

@@ -34,11 +34,11 @@ struct Schedule {
 
 // Groups of at most max_rows rows, one sample at least. Every thread has its own groups if they have enough rows to pay
 // for reading all weights, `own_rows`; else threads share the columns of a group, and so the weights.
-// `work`: words of weights a row is multiplied with.
+// `work`: words of weights a row is multiplied with. halves: two members need half as many phases (BlockShape).
 inline Schedule make_schedule(int64_t samples, int64_t rows_per_sample, int64_t max_rows, int64_t own_rows,
-                              int64_t work, int threads) {
-  // words times rows that a member must have: less is done before the others know
-  constexpr int64_t kShare = 90 << 10;
+                              int64_t work, bool halves, int threads) {
+  // words times rows that a member must have: less is done before the others know; and with half the phases
+  constexpr int64_t kShare = 180 << 10, kShareOfHalves = 90 << 10;
   const auto round_up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
   Schedule s;
   s.samples = samples;
@@ -51,7 +51,8 @@ inline Schedule make_schedule(int64_t samples, int64_t rows_per_sample, int64_t 
   } else {
     s.crews = static_cast<int>(s.groups);
     s.members = threads / s.crews;
-    const int64_t most_members = samples * rows_per_sample * work / s.crews / kShare;
+    const int64_t each = samples * rows_per_sample * work / s.crews;
+    const int64_t most_members = halves && each >= 2 * kShareOfHalves && each < 2 * kShare ? 2 : each / kShare;
     if (s.members > most_members) s.members = most_members > 1 ? static_cast<int>(most_members) : 1;
   }
   return s;

@@ -158,8 +158,8 @@ class Transformer {
     }
   }
 
-  // The next `count` tokens of every sequence, at the cache's positions from `position` on: h in, h out. The prefix is
-  // not rotated, and of it the last layer needs keys and values only.
+  // The next `count` tokens of every sequence, at the cache's positions from `position` on: h in, h out, which `project`
+  // may have to finish. The prefix is not rotated, and of it the last layer needs keys and values only.
   void layers(int position, int count, bool tokens) {
     const Tokens now{position, count, sequences_ * count, tokens};
     session_.rows(now.rows);
@@ -257,7 +257,7 @@ class Transformer {
   // Two members and few rows: two phases a layer in place of four. A part has its own heads and its own hidden units,
   // so it can multiply what it has made of them with its half of proj's and fc2's inputs before it needs the other's;
   // and its own copy of h, to which it adds both halves' sums.
-  bool pairs() const { return member_.count() == 2 && own_heads() && s_.mlp_hidden % (2 * kTileDepth) == 0; }
+  bool pairs() const { return member_.count() == 2 && s_.has_halves(); }
 
   void layers_in_pairs(const Tokens& now) {
     const PackedLayer& at = packed_.layer;

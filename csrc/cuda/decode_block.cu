@@ -49,29 +49,33 @@ DecodeState make_state(const DecodeBlockParams& p, const DecodePlan& plan, float
   return s;
 }
 
-size_t shared_of(const DecodeBlockParams& p, const DecodePlan& plan) {
-  return decode_shared(plan, p.shape.precision == Precision::bf16, p.shape.width, p.shape.channels).all();
-}
-
 bool is_power_of_two_to(int n, int most) { return n > 0 && n <= most && (n & (n - 1)) == 0; }
 
 bool is_valid(const DecodeBlockParams& p, const DecodePlan& plan) {
   return is_power_of_two_to(plan.row_tiles, 4) && is_power_of_two_to(plan.warps, kDecodeWarps) && plan.splits >= 1 &&
          (plan.splits == 1 || p.shape.head_dim % 8 == 0) && !(plan.norm_in_place && plan.row_tiles > 1) &&
          plan.blocks >= divide_up(rows_of(p), kRowTile * plan.row_tiles) &&
-         shared_of(p, plan) <= arch::shared_memory_limit();
+         decode_shared_bytes(p, plan) <= arch::shared_memory_limit();
 }
 
 }  // namespace
 
-DecodePlan decode_plan(const DecodeBlockParams& p) {
+DecodeMachine decode_machine() {
+  return {arch::multiprocessors(), arch::shared_memory_limit(), arch::takes_cooperative_launches()};
+}
+
+size_t decode_shared_bytes(const DecodeBlockParams& p, const DecodePlan& plan) {
+  return decode_shared(plan, p.shape.precision == Precision::bf16, p.shape.width, p.shape.channels).all();
+}
+
+DecodePlan decode_plan(const DecodeBlockParams& p, const DecodeMachine& machine) {
   constexpr int kTokensOfSplit = 128;  // with fewer, joining the splits takes as long as the split saves: an estimate
-  const int64_t rows = rows_of(p), processors = arch::multiprocessors();
+  const int64_t rows = rows_of(p), processors = machine.multiprocessors;
   DecodePlan plan;
-  plan.persistent = arch::takes_cooperative_launches();
+  plan.persistent = machine.cooperative;
   plan.row_tiles = rows <= kRowTile ? 1 : rows <= 4 * kRowTile ? 2 : 4;
   plan.norm_in_place = plan.row_tiles == 1;
-  const auto fits = [&] { return shared_of(p, plan) <= arch::shared_memory_limit(); };
+  const auto fits = [&] { return decode_shared_bytes(p, plan) <= machine.shared; };
   while (plan.row_tiles > 1 && !fits()) plan.row_tiles /= 2;
   if (!fits()) plan.norm_in_place = false;
   const int64_t groups = divide_up(rows, kRowTile * plan.row_tiles);
@@ -117,13 +121,19 @@ DecodeBuffers decode_buffers(const DecodeBlockParams& p, const DecodePlan& plan)
 int decode_block(const DecodeBlockParams& p, const DecodePlan& plan, float* workspace, int64_t phases, void* stream) {
   if (!is_valid(p, plan)) return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
-  const DecodeState s = make_state(p, plan, workspace);
+  DecodeState s = make_state(p, plan, workspace);
   auto status = arch::taken(cudaMemsetAsync(workspace, 0, 4 * zeroed_words(decode_buffers(p, plan)), on));
   if (status == cudaSuccess && p.z == p.x)
     status = arch::taken(cudaMemcpyAsync(const_cast<float*>(s.z), p.z, 4 * z_words(p), cudaMemcpyDeviceToDevice, on));
   if (status != cudaSuccess) return status;
-  return p.shape.precision == Precision::bf16 ? launch_decode<arch::bf16>(s, phases, on)
-                                              : launch_decode<float>(s, phases, on);
+  const auto launch = [&] {
+    return p.shape.precision == Precision::bf16 ? launch_decode<arch::bf16>(s, phases, on)
+                                                : launch_decode<float>(s, phases, on);
+  };
+  status = launch();
+  if (status != cudaErrorCooperativeLaunchTooLarge || !plan.persistent) return status;
+  s.plan.persistent = false;  // somebody else has a part of the GPU
+  return launch();
 }
 
 }  // namespace biflow::cuda

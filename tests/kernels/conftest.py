@@ -10,6 +10,7 @@ from .backends import BUILD, NAMES, get
 def pytest_addoption(parser):
     parser.addoption("--emulator", type=Path, default=BUILD, help="folder of the emulated libraries")
     parser.addoption("--every-order", action="store_true", help="also what is left out on some backends for time")
+    parser.addoption("--decodes", type=int, default=30, help="of test_decode_block_soak.py (default: %(default)s)")
     parser.addoption("--backends", default=",".join(NAMES), help="where the kernel tests run (default: %(default)s)")
 
 
