@@ -8,7 +8,13 @@ from biflow.models import TarFlowConfig
 from .backends import NAMES, get
 
 # multiprocessors, bytes of shared memory a block may have, cooperative launches
-MACHINES = {"H200": [132, 232448, 1], "A100": [108, 166912, 1], "L4": [58, 101376, 1], "MIG": [16, 232448, 1]}
+MACHINES = {
+    "H200": [132, 232448, 1],
+    "A100": [108, 166912, 1],
+    "L4": [58, 101376, 1],
+    "MIG": [16, 232448, 1],
+    "no cooperative launches": [132, 232448, 0],
+}
 FLOWS = {name: (CONFIGS | LARGE)[name] for name in ("S", "B/2", "TARFlow-64", "AFHQ")}
 FIELDS = ("persistent", "row_tiles", "blocks", "splits", "warps", "norm_in_place")
 
@@ -52,7 +58,7 @@ def test_a_plan_suits_the_machine(plan_of, flow, machine, precision):
 
 def test_more_rows_take_more_tiles_where_they_fit(plan_of):
     tiles = {m: [plan_of(m, batch=b)["row_tiles"] for b in (16, 17, 64, 65, 256)] for m in MACHINES}
-    assert tiles["H200"] == tiles["A100"] == [1, 2, 2, 4, 4]
+    assert tiles["H200"] == tiles["A100"] == tiles["MIG"] == [1, 2, 2, 4, 4]
     assert tiles["L4"] == [1, 1, 1, 1, 1]  # sums of more tiles do not fit beside the weights under way
 
 
@@ -64,8 +70,9 @@ def test_few_long_sequences_share_tokens(plan_of):
 
 def test_one_launch_where_it_can_be(plan_of):
     assert plan_of("H200")["persistent"]
-    assert not plan_of("MIG", batch=1024)["persistent"]  # 16 row groups of 64 fit, 64 do not
-    assert not plan_of("H200", machine=[132, 232448, 0])["persistent"]
+    assert plan_of("MIG", batch=1024)["persistent"]  # 16 row groups of 64
+    assert not plan_of("MIG", batch=1025)["persistent"]
+    assert not plan_of("no cooperative launches")["persistent"]
 
 
 def test_wide_tokens_leave_less_room(plan_of):
