@@ -59,7 +59,8 @@ def sample(
 ) -> None:
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
-    A .npz holds images (N,H,W,C) fp32 in [-1, 1] and labels (N,) int64: a file that --data and data.source read.
+    A .npz holds images (N,H,W,C) fp32 in [-1, 1] (or latents, of any size) and labels (N,) int64: a file that --data
+    and data.source read.
     A seed draws the same noise for every device.
     """
     import torch
@@ -353,10 +354,11 @@ def _write(images: "Tensor", y: "Tensor | None", path: Path) -> None:
     import numpy as np
 
     from biflow.checkpoint import replacing
+    from biflow.data import in_range
     from biflow.evaluate import plots
 
     if path.suffix == ".npz":
-        arrays = {"images": images.clamp(-1, 1).permute(0, 2, 3, 1).numpy()}
+        arrays = {"images": in_range(images).permute(0, 2, 3, 1).numpy()}
         if y is not None:
             arrays["labels"] = y.numpy()
         with replacing(path) as temporary, temporary.open("wb") as file:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from biflow.config import check_fields, check_number
-from biflow.data import ImageData
+from biflow.data import ImageData, in_range
 from biflow.evaluate.classifier import FEATURES, Judge, train_judge
 from biflow.evaluate.frechet import frechet_distance
 from biflow.models import BiFlow, TarFlow
@@ -206,11 +206,11 @@ def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance:
     pixel_mean_difference, pixel_std_difference: mean / real mean - 1 and std / real std - 1, over all pixels of all
         images. The first is large for data whose mean is near the middle gray, 0.
     unclamped_std_difference: the same of the samples as they came; all other numbers are of samples clamped to [-1, 1],
-        as they are looked at and stored.
+        as they are looked at and stored (latents are not clamped).
     """
     count, ok = len(images), _finite_rows(images)
     unclamped_std = _std(images[ok])
-    images = images[ok].clamp(-1, 1)
+    images = in_range(images[ok])
     agreement = None
     if real.judge and y is not None:
         agreement = float((real.judge.predict(images) == y[ok]).double().sum() / count)
