@@ -98,6 +98,14 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
+def completed(cls: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values` of an older version with the defaults of the fields that it lacks; unchanged if `cls` refuses them."""
+    try:
+        return to_mapping(from_mapping(cls, values))
+    except (TypeError, ValueError):
+        return values
+
+
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """`["model.width=256", "optim.lr=1e-3"]` merged into nested `values` (a new dict). Values are read as YAML.
 

@@ -14,7 +14,7 @@ import biflow
 from biflow import data as datasets
 from biflow import evaluate, presets
 from biflow.checkpoint import TEMPORARY, replacing
-from biflow.config import to_mapping
+from biflow.config import completed, to_mapping
 from biflow.evaluate import EvaluationConfig, plots
 from biflow.models import BiFlow, TarFlow
 from biflow.report import markdown
@@ -111,7 +111,7 @@ def _prepare(out: Path, config: DemoConfig, resume: bool) -> None:
         found = presets.read(str(file))
         if not {"flow", "inverse"} <= found.keys():
             raise FileExistsError(f"{file}: expected the configuration of a demo, got that of something else")
-        check_same(found, mapping, str(file))
+        check_same(completed(DemoConfig, found), mapping, str(file))
     with replacing(file) as temporary:
         temporary.write_text(yaml.safe_dump(mapping, sort_keys=False))
 
@@ -171,7 +171,7 @@ def _pictures(
     labels = [f"class {k}" for k in range(real.num_classes)]
     for name, images in (
         ("exact", evaluate.decode_exact(flow, z, y, exact_guidance, settings)),
-        ("learned", evaluate.decode_learned(rev, z, y, config.default_guidance, settings)),
+        ("learned", evaluate.decode_learned(rev, flow, z, y, config.default_guidance, settings)),
     ):
         plots.save_grid(images[order].split(PICTURE_COLUMNS), out / f"samples_{name}.png", labels=labels)
     # trajectories: of three z from the prior, then of three held-out digits that the flow encoded

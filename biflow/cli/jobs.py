@@ -19,8 +19,8 @@ def train(config: Config, out: Out, overrides: Overrides = None, resume: Resume 
     """Train a flow by maximum likelihood (stage one).
 
     The folder gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, when done, model.safetensors. Presets:
-    digits_flow, fashion_flow, folder_flow. SIGINT (Ctrl-C) and SIGTERM finish the step and write a checkpoint to
-    --resume from; exit codes 130 and 143.
+    digits_flow, fashion_flow, folder_flow, imagenet256_b2_flow, imagenet256_l2_flow, imagenet256_xl2_flow. SIGINT
+    (Ctrl-C) and SIGTERM finish the step and write a checkpoint to --resume from; exit codes 130 and 143.
     """
     from biflow import presets
     from biflow.train import train_flow
@@ -39,7 +39,8 @@ def distill(
 ) -> None:
     """Learn the one-pass inverse of a trained flow (stage two).
 
-    The flow stays frozen. The folder is as of `biflow train`. Presets: digits_inverse.
+    The flow stays frozen. The folder is as of `biflow train`. Presets: digits_inverse,
+    fashion_inverse, imagenet256_b2_inverse, imagenet256_l2_inverse, imagenet256_xl2_inverse.
     """
     from biflow import presets
     from biflow.train import train_inverse
@@ -88,6 +89,8 @@ COMMANDS = (
         examples(
             "biflow distill digits_inverse --flow runs/flow --out runs/inverse",
             "biflow distill digits_inverse optim.steps=200 --flow runs/flow --out runs/short",
+            "biflow distill digits_inverse alignment.strategy=hidden_distillation model.reembed_states=true "
+            "--flow runs/flow --out runs/forced",
         ),
     ),
     ("demo", demo, examples("biflow demo --out runs/demo", "biflow demo --out runs/demo --resume")),

@@ -9,6 +9,8 @@ import typer
 from biflow.cli.common import data_config, examples, load_model, model_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from biflow.models import BiFlow, TarFlow
@@ -36,6 +38,10 @@ def sample(
     temperature: Annotated[float, typer.Option("--temperature", help="Standard deviation of the noise.")] = 1.0,
     seed: Seed = 0,
     no_denoise: Annotated[bool, typer.Option("--no-denoise", help="Exact flow: keep the training noise.")] = False,
+    flow: Annotated[
+        str | None,
+        typer.Option("--flow", help="Of an inverse without learned denoising: the flow whose score removes the noise."),
+    ] = None,
     solver: Annotated[
         str | None, typer.Option("--solver", help="Exact flow: sequential, jacobi, windowed or auto.  [default: auto]")
     ] = None,
@@ -53,7 +59,8 @@ def sample(
 ) -> None:
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
-    A .npz holds images (N,H,W,C) fp32 in [-1, 1] and labels (N,) int64: a file that --data and data.source read.
+    A .npz holds images (N,H,W,C) fp32 in [-1, 1] (or latents, of any size) and labels (N,) int64: a file that --data
+    and data.source read.
     A seed draws the same noise for every device.
     """
     import torch
@@ -77,19 +84,24 @@ def sample(
     if isinstance(model, TarFlow):
         options |= {"denoise": False if no_denoise else None, **exact}
     elif no_denoise:
-        raise ValueError("--no-denoise: expected with an exact flow; a learned inverse ends in clean images")
+        raise ValueError(
+            "--no-denoise: expected with an exact flow; a learned inverse ends in clean images, or without learned "
+            "denoising in noisy ones unless --flow is given"
+        )
     elif exact:
         name, value = next(iter(exact.items()))
         option = "--certify" if name == "return_info" else f"--{name}"
         raise ValueError(f"{option}: expected with an exact flow; a learned inverse has one pass; got {value!r}")
     options |= {"guidance": guidance, "temperature": temperature, "generator": torch.Generator().manual_seed(seed)}
     options["precision"] = precision
+    score = _score(model, flow, device)
     parts, infos = [], []
     with model.frozen():
         for start in range(0, n, BATCH):
             labels = None if y is None else y[start : start + BATCH].to(where)
             drawn = model.sample(min(BATCH, n - start), labels, **options)
             drawn, *info = drawn if certify else (drawn,)
+            drawn = drawn if score is None else score(drawn, labels)
             parts.append(drawn.cpu())
             infos += info
     images = torch.cat(parts)
@@ -163,6 +175,9 @@ def evaluate(
     guidance: Annotated[
         list[float] | None, typer.Option("--guidance", help="Strength; may be repeated.  [default: 0 1 2 3]")
     ] = None,
+    no_denoise: Annotated[
+        bool, typer.Option("--no-denoise", help="No score step after what ends in noisy data.")
+    ] = False,
     timings: Annotated[bool, typer.Option("--timings", help="Also ms per image of each way of decoding.")] = False,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -189,7 +204,10 @@ def evaluate(
         raise ValueError("--timings: expected with a learned inverse, whose speed is compared with its flow's")
     forward = load_model(flow, "TarFlow", device=device) if learned else model
     config = metrics.EvaluationConfig(
-        samples=samples, guidances=tuple(guidance or metrics.EvaluationConfig.guidances), seed=seed
+        samples=samples,
+        guidances=tuple(guidance or metrics.EvaluationConfig.guidances),
+        seed=seed,
+        denoise=not no_denoise,
     )
     loaded = datasets.load(data_config(data, checkpoint, model.config.img_size))
     metrics.check_data(model, loaded)
@@ -299,6 +317,25 @@ def _method(found: dict) -> str:
     return f"{found['solver']}{window}, {found['passes']} passes, {found['ms']:.3g} ms"
 
 
+def _score(
+    model: "TarFlow | BiFlow", flow: str | None, device: str
+) -> "Callable[[Tensor, Tensor | None], Tensor] | None":
+    """(x, y) -> denoised x by the score of the flow that --flow names; None without --flow."""
+    from biflow.evaluate import check_pair, score_step
+    from biflow.models import BiFlow
+
+    if flow is None:
+        return None
+    if not isinstance(model, BiFlow) or model.config.learned_denoising:
+        what = "a flow, which has its own score" if not isinstance(model, BiFlow) else "learned denoising"
+        raise ValueError(f"--flow: expected with a learned inverse without learned denoising, got {what}")
+    forward = load_model(flow, "TarFlow", device=device)
+    check_pair(model, forward)
+    if forward.config.noise_std == 0:
+        raise ValueError("--flow: expected a flow trained with noise (noise_std more than 0), got noise_std = 0")
+    return lambda x, y: score_step(forward, x, y)
+
+
 def _labels(model: "TarFlow | BiFlow", label: str, n: int) -> "Tensor | None":
     import torch
 
@@ -317,10 +354,11 @@ def _write(images: "Tensor", y: "Tensor | None", path: Path) -> None:
     import numpy as np
 
     from biflow.checkpoint import replacing
+    from biflow.data import in_range
     from biflow.evaluate import plots
 
     if path.suffix == ".npz":
-        arrays = {"images": images.clamp(-1, 1).permute(0, 2, 3, 1).numpy()}
+        arrays = {"images": in_range(images).permute(0, 2, 3, 1).numpy()}
         if y is not None:
             arrays["labels"] = y.numpy()
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -342,6 +380,7 @@ COMMANDS = (
             "biflow sample runs/flow --class 3 --guidance 2 --out threes.png",
             "biflow sample runs/flow --solver windowed --window 32 --tol 1e-4 --certify",
             "biflow sample runs/inverse/model.safetensors --n 1000 --seed 7 --out samples.npz",
+            "biflow sample runs/noisy_inverse --flow runs/flow",
         ),
     ),
     (

@@ -55,13 +55,19 @@ class Quantisation:
         return None if self.levels is None else self.scale
 
 
+PIXEL_CHANNELS = (1, 3)  # gray, RGB; arrays with another number of channels are latents
 DIGITS = Quantisation(17, 1 / 8, -1.0)
 BYTES = Quantisation(256, 1 / 128, 1 / 256 - 1)  # bin centres: x +- half a bin stays in [-1, 1]
 FLOATS = Quantisation(None, 1.0, 0.0)
 
 
+def in_range(images: Tensor) -> Tensor:
+    """Images (N,C,H,W) clamped to [-1, 1], as they are looked at and stored; latents (C not 1 or 3) as they are."""
+    return images.clamp(-1, 1) if images.shape[1] in PIXEL_CHANNELS else images
+
+
 class Images:
-    """Images held in memory. pixels: (N,C,H,W) uint8, or float32 in [-1, 1]."""
+    """Images held in memory. pixels: (N,C,H,W) uint8, float32 in [-1, 1], or float32 latents."""
 
     def __init__(self, pixels: Tensor, quantisation: Quantisation):
         self.pixels = pixels

@@ -1,5 +1,6 @@
 """Readers: scikit-learn's digits, .npz files, image folders. Each checks what it read and names the file in errors."""
 
+import math
 import os
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ from biflow.data.images import (
     BYTES,
     DIGITS,
     FLOATS,
+    PIXEL_CHANNELS,
     DataConfig,
     ImageData,
     ImageFiles,
@@ -34,7 +36,8 @@ def load(config: DataConfig) -> ImageData:
         "digits": scikit-learn's 1,797 handwritten digits, 8x8, values v = 0..16 as x = v / 8 - 1, ten classes.
         *.npz: arrays x_train (with y_train, x_test, y_test) or images (with labels); images (N,H,W) or (N,H,W,1|3),
             square, uint8 (v -> (v + 0.5) / 128 - 1) or floating point in [-1, 1]; labels (N,) integers 0..K-1, each
-            of them in use. Never unpickled.
+            of them in use. Floating-point arrays (N,H,W,C) of another C are latents of an autoencoder: any finite
+            values, used as stored. Never unpickled.
         folder: images in one sub-folder per class (classes in the order of the sub-folders' names), or directly in
             the folder (no labels). Gray if every file is, RGB otherwise. Held in memory as uint8 up to 1 GiB, beyond
             that decoded batch by batch. Transparency is dropped; hidden files and other suffixes are passed over.
@@ -113,8 +116,12 @@ def _npz(path: Path, config: DataConfig) -> ImageData:
 
 def _array_images(path: Path, name: str, array: np.ndarray) -> Images:
     gray = array.ndim == 3
-    if not gray and (array.ndim != 4 or array.shape[3] not in (1, 3)):
-        raise ValueError(f"{path}: {name}: expected shape (N,H,W) or (N,H,W,1|3), got {array.shape}")
+    latents = array.ndim == 4 and array.dtype.kind == "f" and array.shape[3] not in (0, *PIXEL_CHANNELS)
+    if not gray and not latents and (array.ndim != 4 or array.shape[3] not in PIXEL_CHANNELS):
+        raise ValueError(
+            f"{path}: {name}: expected shape (N,H,W) or (N,H,W,1|3), or (N,H,W,C) in floating point for latents; got "
+            f"{array.dtype} {array.shape}"
+        )
     if array.shape[0] < 1 or array.shape[1] < 1 or array.shape[1] != array.shape[2]:
         raise ValueError(f"{path}: {name}: expected at least one square image, got shape {array.shape}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
@@ -122,7 +129,9 @@ def _array_images(path: Path, name: str, array: np.ndarray) -> Images:
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
         low, high = float(array.min()), float(array.max())
-        if not (low >= -1 and high <= 1):  # also false for NaN
+        if latents and not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{path}: {name}: expected finite latents, got values in [{low:g}, {high:g}]")
+        if not latents and not (low >= -1 and high <= 1):  # also false for NaN
             raise ValueError(f"{path}: {name}: expected values in [-1, 1], got values in [{low:g}, {high:g}]")
     pixels = torch.from_numpy(array[:, None] if gray else np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
     return Images(pixels, BYTES if array.dtype == np.uint8 else FLOATS)

@@ -10,11 +10,13 @@ from biflow.evaluate.metrics import (
     check_pair,
     decode_exact,
     decode_learned,
+    denoising,
     describe_data,
     describe_samples,
     evaluate_flow,
     evaluate_inverse,
     noise,
+    score_step,
 )
 from biflow.evaluate.timing import time_decoders
 
@@ -26,6 +28,7 @@ __all__ = [
     "check_pair",
     "decode_exact",
     "decode_learned",
+    "denoising",
     "describe_data",
     "describe_samples",
     "eager_decode",
@@ -34,6 +37,7 @@ __all__ = [
     "evaluate_inverse",
     "frechet_distance",
     "noise",
+    "score_step",
     "time_decoders",
     "train_judge",
 ]

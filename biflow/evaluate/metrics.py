@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from biflow.config import check_fields, check_number
-from biflow.data import ImageData
+from biflow.data import ImageData, in_range
 from biflow.evaluate.classifier import FEATURES, Judge, train_judge
 from biflow.evaluate.frechet import frechet_distance
 from biflow.models import BiFlow, TarFlow
@@ -28,6 +28,8 @@ class EvaluationConfig:
     train_images, held_out_images: real images used at most of either split, evenly spaced.
     batch_size: images decoded at once, and samples that learned and exact outputs are compared on.
     seed: of z, of the noise and of the classifier.
+    denoise: one score step (`TarFlow.denoise`) after what ends in noisy data: the exact inverse of a flow trained with
+        noise, and a learned inverse of it without learned denoising. False: their noise stays.
     """
 
     samples: int = 500
@@ -38,6 +40,7 @@ class EvaluationConfig:
     held_out_images: int = 1000
     batch_size: int = 250
     seed: int = 0
+    denoise: bool = True
 
     def __post_init__(self):
         check_fields(self)
@@ -114,6 +117,7 @@ def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> di
             Gaussian noise (noise_std > 0): its density is that of data convolved with N(0, noise_std^2), so the bound
             is the looser the more noise_std exceeds the bin width.
         noise_draws, noise_std: as configured.
+        denoising: of the samples, "score" or "none".
         round_trip_max_error: max |decode(encode(x)) - x| over the dequantised held-out images, without guidance.
         sample_residual_max: largest certificate (`DecodeInfo.residual`) over decoded samples at the largest guidance.
         samples: a list with one entry per guidance, see `describe_samples`.
@@ -141,6 +145,7 @@ def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> di
         "held_out_nats_per_dim": mean,
         "noise_draws": config.noise_draws,
         "noise_std": flow.config.noise_std,
+        "denoising": denoising(flow, flow, config),
         "round_trip_max_error": error,
         "sample_residual_max": number(info.residual.max()),
         "samples": [
@@ -154,11 +159,12 @@ def evaluate_inverse(rev: BiFlow, flow: TarFlow, real: RealData, config: Evaluat
     """The learned inverse, on the same z as `evaluate_flow`.
 
     Returns:
+        denoising: "learned", "score" (config.denoise: a step of the flow's score) or "none": how outputs become clean.
         reconstruction_mse: mean (rev(z) - x)^2 over held-out images x, z = flow.encode(x + noise) with the noise that
-            the flow was trained with, labels given, no guidance.
+            the flow was trained with, labels given, no guidance, denoised as said.
         samples: one entry per guidance, see `describe_samples`, with distance_to_exact: root mean square difference
-            between learned and exact output, both clean, from the same z, class and guidance, over the first
-            `batch_size` samples.
+            between learned and exact output, each denoised as said, from the same z, class and guidance, over the
+            first `batch_size` samples.
     """
     check_pair(rev, flow)
     device, y = _device(flow), real.val_y
@@ -172,18 +178,23 @@ def evaluate_inverse(rev: BiFlow, flow: TarFlow, real: RealData, config: Evaluat
         clean, part_y = real.val_x[rows].to(device), None if y is None else y[rows].to(device)
         with torch.no_grad():
             z, _ = flow.encode(noisy[rows].to(device), _labels(flow, part_y) if rev.config.num_classes else None)
-        squares.append((rev.decode(z, _labels(rev, part_y)) - clean).double().square().flatten(1).mean(1))
+        back = decode_learned(rev, flow, z, part_y, 0.0, config)
+        squares.append((back - clean).double().square().flatten(1).mean(1))
     z, sample_y = noise(flow, config)
     samples = []
     for guidance in _usable(rev, config):
-        images = decode_learned(rev, z, sample_y, guidance, config)
+        images = decode_learned(rev, flow, z, sample_y, guidance, config)
         entry = describe_samples(images, sample_y, real, guidance)
         few = slice(0, config.batch_size)
         exact = decode_exact(flow, z[few], None if sample_y is None else sample_y[few], guidance, config)
         ok = _finite_rows(exact)
         entry["distance_to_exact"] = number((images[few][ok] - exact[ok]).double().square().mean().sqrt())
         samples.append(entry)
-    return {"reconstruction_mse": float(torch.cat(squares).mean()), "samples": samples}
+    return {
+        "denoising": denoising(rev, flow, config),
+        "reconstruction_mse": float(torch.cat(squares).mean()),
+        "samples": samples,
+    }
 
 
 def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance: float) -> dict:
@@ -195,11 +206,11 @@ def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance:
     pixel_mean_difference, pixel_std_difference: mean / real mean - 1 and std / real std - 1, over all pixels of all
         images. The first is large for data whose mean is near the middle gray, 0.
     unclamped_std_difference: the same of the samples as they came; all other numbers are of samples clamped to [-1, 1],
-        as they are looked at and stored.
+        as they are looked at and stored (latents are not clamped).
     """
     count, ok = len(images), _finite_rows(images)
     unclamped_std = _std(images[ok])
-    images = images[ok].clamp(-1, 1)
+    images = in_range(images[ok])
     agreement = None
     if real.judge and y is not None:
         agreement = float((real.judge.predict(images) == y[ok]).double().sum() / count)
@@ -227,7 +238,7 @@ def noise(model: TarFlow | BiFlow, config: EvaluationConfig) -> tuple[Tensor, Te
 
 
 def decode_exact(flow: TarFlow, z: Tensor, y: Tensor | None, guidance: float, config: EvaluationConfig) -> Tensor:
-    """Exact, guided, and clean: decode, then one score step if the flow was trained with noise.
+    """Exact, guided, and clean: decode, then one score step if the flow was trained with noise (and config.denoise).
 
     A sample that strong guidance drove to overflow stays NaN or infinite.
     """
@@ -235,17 +246,39 @@ def decode_exact(flow: TarFlow, z: Tensor, y: Tensor | None, guidance: float, co
     def decode(z: Tensor, y: Tensor | None) -> Tensor:
         y = _labels(flow, y)
         x = flow.decode(z, y, guidance=guidance if flow.config.num_classes else 0.0)
-        if flow.config.noise_std > 0:
-            ok = _finite_rows(x)
-            x[ok] = flow.denoise(x[ok], None if y is None else y[ok])
-        return x
+        return score_step(flow, x, y) if denoising(flow, flow, config) == "score" else x
 
     return _batched(decode, flow, z, y, config.batch_size)
 
 
-def decode_learned(rev: BiFlow, z: Tensor, y: Tensor | None, guidance: float, config: EvaluationConfig) -> Tensor:
-    """Learned, guided, and clean: one pass."""
-    return _batched(lambda z, y: rev.decode(z, _labels(rev, y), guidance=guidance), rev, z, y, config.batch_size)
+def decode_learned(
+    rev: BiFlow, flow: TarFlow, z: Tensor, y: Tensor | None, guidance: float, config: EvaluationConfig
+) -> Tensor:
+    """Learned, guided, and clean: one pass, and without learned denoising a score step as `decode_exact` has it.
+
+    The score is that of the labels that `rev` was given.
+    """
+
+    def decode(z: Tensor, y: Tensor | None) -> Tensor:
+        y = _labels(rev, y)
+        x = rev.decode(z, y, guidance=guidance)
+        return score_step(flow, x, y) if denoising(rev, flow, config) == "score" else x
+
+    return _batched(decode, rev, z, y, config.batch_size)
+
+
+def denoising(model: TarFlow | BiFlow, flow: TarFlow, config: EvaluationConfig) -> str:
+    """How what `model` decodes becomes clean: "learned", "score" (a step of `flow`'s score) or "none"."""
+    if isinstance(model, BiFlow) and model.config.learned_denoising:
+        return "learned"
+    return "score" if config.denoise and flow.config.noise_std > 0 else "none"
+
+
+def score_step(flow: TarFlow, x: Tensor, y: Tensor | None) -> Tensor:
+    """`flow.denoise` of the finite samples; the others as they are."""
+    x, ok, y = x.clone(), _finite_rows(x), _labels(flow, y)
+    x[ok] = flow.denoise(x[ok], None if y is None else y[ok])
+    return x
 
 
 def check_pair(rev: BiFlow, flow: TarFlow) -> None:

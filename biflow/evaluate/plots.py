@@ -61,7 +61,9 @@ def trajectories(
     """From z (N,T,D) to clean images, block by block: (exact, learned), each [z, x_{B-1}, ..., x_0, clean].
 
     exact: what each flow block's inverse returned, then the denoised image (x_0 again for a flow without noise).
-    learned: the states that the heads of the learned inverse predict after each group of layers, then its output.
+    learned: the states that the heads of the learned inverse predict after each group of layers, then its output
+        (without learned denoising: x_0 as the exact one, denoised like it). States that it was trained to predict
+        normalised are so here.
     All as images (N,C,S,S); guidance acts on the exact ones, and on the learned ones where it was trained in.
     """
     patch, classes = flow.config.patch_size, flow.config.num_classes
@@ -76,7 +78,10 @@ def trajectories(
     # as in BiFlow.decode: samples without a label are not guided
     w = None if y is None or not rev.config.max_guidance else torch.where(y < 0, 0.0, guidance).to(z.dtype)
     clean, states = rev(z, y if rev.config.num_classes else None, w, return_states=True)
-    return exact, [unpatchify(state, patch) for state in [z, *states[::-1], clean]]
+    learned = [unpatchify(state, patch) for state in [z, *states[::-1], clean]]
+    if not rev.config.learned_denoising and flow.config.noise_std > 0:
+        learned[-1] = flow.denoise(learned[-1], y if classes and rev.config.num_classes else None)
+    return exact, learned
 
 
 def save_trajectories(exact: list[Tensor], learned: list[Tensor], names: Sequence[str], path: str | Path) -> None:

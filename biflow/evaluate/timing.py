@@ -25,8 +25,9 @@ def time_decoders(
     """Milliseconds per image of learned and exact decoding: from z and classes to guided, clean images.
 
     The exact ways decode with guidance and then, if the flow was trained with noise, take one score step (a forward
-    and a backward pass); the learned way is one pass. The ways take turns within a repetition, so that a slow moment
-    of the machine hits all of them; the medians over the repetitions are reported, after one call to warm up.
+    and a backward pass); the learned way is one pass, with that score step after it if it has no learned denoising. The
+    ways take turns within a repetition, so that a slow moment of the machine hits all of them; the medians over the
+    repetitions are reported, after one call to warm up.
 
     Args:
         guidance: of all ways; a model without classes is timed without.
@@ -50,9 +51,10 @@ def time_decoders(
         z = torch.randn(batch, c.tokens, c.channels, generator=generator).to(device)
         y = torch.arange(batch, device=device) % c.num_classes if c.num_classes else None
         own_y = y if rev.config.num_classes else None
+        own_denoiser = None if rev.config.learned_denoising else _denoiser(flow, own_y if c.num_classes else None)
         ways = {
-            "learned": lambda z=z, y=own_y: clock(
-                lambda: rev.decode(z, y, guidance=guidance if rev.config.num_classes else 0.0)
+            "learned": lambda z=z, y=own_y, after=own_denoiser: clock(
+                lambda: rev.decode(z, y, guidance=guidance if rev.config.num_classes else 0.0), after
             ),
             "exact_eager": lambda z=z, y=y: clock(
                 lambda: eager_decode(flow, z, y, guidance=guidance), _denoiser(flow, y)

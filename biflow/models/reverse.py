@@ -2,7 +2,9 @@
 
 Source: BiFlow (arXiv 2512.10953). The layers form one group per flow block of the forward model, in decode order, plus
 one group for denoising. After group k = 1, ..., B a head reads the hidden state and predicts the forward trajectory's
-state x_{B-k}; after the last group, the clean image. The heads of groups 1 to B serve training: sampling skips them.
+state x_{B-k}; after the last group, the clean image. The heads before the last serve training: sampling skips them.
+Two options take ingredients away: without learned denoising there is no last group, and the output is x_0, the noisy
+data; with re-embedded states each group starts from its predecessor's prediction and from nothing else.
 """
 
 import math
@@ -37,7 +39,8 @@ class BiFlowConfig:
     """Shape and options of a BiFlow.
 
     img_size, in_channels, patch_size: as in the forward model's TarFlowConfig.
-    num_blocks: B, flow blocks of the forward model; the reverse has B + 1 groups of layers.
+    num_blocks: B, flow blocks of the forward model; the reverse has B + 1 groups of layers, or B without
+        learned_denoising.
     layers_per_group, width, head_dim, mlp_ratio: layers in each group; C; d (any even number: the flow's limit of 256
         is that of exact decoding); hidden width of the MLP over C (rounded
         to a multiple of 8).
@@ -46,6 +49,11 @@ class BiFlowConfig:
         in-context tokens, and sampling with guidance is one pass. max_guidance = 0: guidance is not an input; sampling
         with guidance takes two passes.
     norm, gate, qk_norm, rope, pos_embed: the layer's variants (models/layers.py).
+    learned_denoising: a group of layers of its own turns x_0 into the clean image. False: the output is x_0, data with
+        the noise that the flow was trained with, which `TarFlow.denoise` or nothing may remove.
+    reembed_states: what a group hands to the next is its head's prediction of x_i, embedded anew by the input
+        projection, with fresh class and guidance tokens; so the whole path runs through data space (B,T,D), as hidden
+        distillation asks for. False: the hidden state goes on. The weights are the same ones either way.
     """
 
     img_size: int
@@ -65,6 +73,8 @@ class BiFlowConfig:
     qk_norm: bool = True
     rope: bool = True
     pos_embed: bool = True
+    learned_denoising: bool = True
+    reembed_states: bool = False
 
     def __post_init__(self):
         check_fields(self)
@@ -91,6 +101,11 @@ class BiFlowConfig:
         """D, channels a token."""
         return self.in_channels * self.patch_size**2
 
+    @property
+    def num_groups(self) -> int:
+        """Groups of layers: one a flow block, and one for denoising."""
+        return self.num_blocks + int(self.learned_denoising)
+
 
 class GuidanceEmbedding(nn.Module):
     """Guidance strength w (B,) -> in-context tokens (B, K, C): sinusoids of log(1 + w), then a two-layer MLP."""
@@ -112,7 +127,10 @@ class GuidanceEmbedding(nn.Module):
 
 
 class BiFlow(PassModule):
-    """The learned inverse G: z (and a class, and a guidance strength) -> clean image, in one parallel pass."""
+    """The learned inverse G: z (and a class, and a guidance strength) -> clean image, in one parallel pass.
+
+    Without learned_denoising the image is not clean: it is the flow's x_0, with the noise of its training.
+    """
 
     def __init__(self, config: BiFlowConfig):
         super().__init__()
@@ -133,11 +151,11 @@ class BiFlow(PassModule):
             nn.ModuleList(
                 Layer(c.width, c.head_dim, hidden, c.norm, c.gate, c.qk_norm) for _ in range(c.layers_per_group)
             )
-            for _ in range(c.num_blocks + 1)
+            for _ in range(c.num_groups)
         )
         # heads[k] reads the state after group k: k < B predicts x_{B-1-k}, k = B the clean image
         self.heads = nn.ModuleList(
-            nn.Sequential(Norm(c.norm, c.width), nn.Linear(c.width, c.channels)) for _ in range(c.num_blocks + 1)
+            nn.Sequential(Norm(c.norm, c.width), nn.Linear(c.width, c.channels)) for _ in range(c.num_groups)
         )
         for head in self.heads:
             nn.init.zeros_(head[1].weight)
@@ -162,35 +180,45 @@ class BiFlow(PassModule):
             layer_dtype: what the layers' products are rounded to; None: nothing, but for autocast.
 
         Returns:
-            clean tokens (B,T,D); with return_states (clean, [x_0, ..., x_{B-1}] predictions, each (B,T,D), data order).
+            the output's tokens (B,T,D): clean, or x_0 without learned_denoising; with return_states
+            (output, [x_0, ..., x_{B-1}] predictions, each (B,T,D), data order).
         """
         c, batch = self.config, z.shape[0]
-        h = self.proj_in(z).to(z.dtype)  # under autocast the residual stream stays in z's dtype
-        if self.pos_embed is not None:
-            h = h + self.pos_embed
         prefix = []
         if self.class_embed is not None:
             prefix.append(self._class_tokens(y, batch))
         if self.guidance_embed is not None:
             prefix.append(self.guidance_embed(z.new_zeros(batch) if w is None else w))
         length = sum(p.shape[1] for p in prefix)
-        if prefix:
-            h = torch.cat([*[p.to(h.dtype) for p in prefix], h], dim=1)
         rope = (self.rope_cos, self.rope_sin) if c.rope else None
-        states, delta = [], None
+        h, states, delta = self._embed(z, prefix), [], None
         for group, head in zip(self.groups, self.heads, strict=True):
             with layers_in(layer_dtype, z.device):
                 for layer in group:
                     h, delta = layer(h, delta, rope, causal=False, prefix=length)
-            if return_states or head is self.heads[-1]:
+            last = head is self.heads[-1]
+            if return_states or c.reembed_states or last:
                 h, delta = h + delta, None
                 states.append(head(h[:, length:]))
-        clean = states.pop()
-        return (clean, states[::-1]) if return_states else clean
+            if c.reembed_states and not last:
+                h = self._embed(states[-1].to(z.dtype), prefix)
+        output = states[-1]
+        if not return_states:
+            return output
+        return output, (states[:-1] if c.learned_denoising else states)[::-1]
+
+    def _embed(self, x: Tensor, prefix: list[Tensor]) -> Tensor:
+        """Tokens (B,T,D) -> the residual stream (B,N+T,C) behind the condition's N tokens."""
+        h = self.proj_in(x).to(x.dtype)  # under autocast the residual stream stays in x's dtype
+        if self.pos_embed is not None:
+            h = h + self.pos_embed
+        return torch.cat([*[p.to(h.dtype) for p in prefix], h], dim=1) if prefix else h
 
     @torch.no_grad()
     def decode(self, z: Tensor, y: Tensor | None = None, *, guidance: float = 0.0, precision: str = "fp32") -> Tensor:
         """Noise to clean images, in one pass; in two (conditional and not) with guidance > 0 that was not trained in.
+
+        Without learned_denoising the images have the noise of the flow's training, which `TarFlow.denoise` removes.
 
         Args:
             z: (B,T,D) fp32, as `TarFlow.encode` returns it.
@@ -241,7 +269,7 @@ class BiFlow(PassModule):
         generator: torch.Generator | None = None,
         precision: str = "fp32",
     ) -> Tensor:
-        """Draw n images in one pass each: z ~ N(0, temperature^2), then `decode`.
+        """Draw n images in one pass each: z ~ N(0, temperature^2), then `decode` (clean only with learned_denoising).
 
         Args:
             n: number of images.

@@ -1,10 +1,20 @@
-"""Training of both stages: `train_flow` (maximum likelihood) and `train_inverse` (hidden alignment)."""
+"""Training of both stages: `train_flow` (maximum likelihood) and `train_inverse` (a learned inverse)."""
 
-from biflow.train.configs import AlignmentConfig, FlowTraining, InverseTraining, OptimConfig, RunConfig
+from biflow.train.configs import (
+    GUIDANCE_DRAWS,
+    STRATEGIES,
+    AlignmentConfig,
+    FlowTraining,
+    InverseTraining,
+    OptimConfig,
+    RunConfig,
+)
 from biflow.train.distill import alignment_loss, train_inverse
 from biflow.train.likelihood import likelihood_loss, train_flow
 
 __all__ = [
+    "GUIDANCE_DRAWS",
+    "STRATEGIES",
     "AlignmentConfig",
     "FlowTraining",
     "InverseTraining",

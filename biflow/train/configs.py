@@ -10,7 +10,10 @@ from biflow.data import DataConfig
 from biflow.models import BiFlowConfig, TarFlowConfig
 from biflow.ops._checks import local_device, parse_device
 
+STRATEGIES = ("naive", "hidden_distillation", "hidden_alignment")
 NORMALIZATIONS = ("none", "token_rms", "mean_square")
+TARGET_NORMS = ("none", "token_rms", "global")
+GUIDANCE_DRAWS = ("uniform", "log_uniform")
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -90,29 +93,56 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """Hidden alignment (arXiv 2512.10953; see `alignment_loss`).
+    """What the learned inverse is trained to match (arXiv 2512.10953, section 3; see `alignment_loss`).
 
-    weight_output, weight_states: weights of the clean output's term and of each trajectory state's term.
+    strategy: "naive": the output alone. "hidden_distillation": also the trajectory's states, which the hidden states
+        have to be: the path is forced through data space (model.reembed_states). "hidden_alignment": also the
+        trajectory's states, read from free hidden states by a learned head each.
+    weight_output: weight of the output's term.
+    weight_states: weight of each state's term: one number for all, or one a state x_0, ..., x_{B-1} (x_1, ...,
+        x_{B-1} without learned denoising, where x_0 is the output). The naive strategy has no such terms.
     normalize: what squared errors are divided by: "none"; "token_rms": the mean square of the target's token;
         "mean_square": the mean square of the sample's target.
+    normalize_targets: trajectory normalisation: what the states are divided by before they are targets, so that heads
+        predict directions rather than sizes: "none"; "token_rms": the root mean square of the state's token; "global":
+        that of the sample's state, ||x_i|| / sqrt(T D). The output's target is never divided.
     adaptive_power, adaptive_constant: p and c of the adaptive weight (D + c)^-p; p = 0: off.
     """
 
+    strategy: str = "hidden_alignment"
     weight_output: float = 2.0
-    weight_states: float = 0.5
+    weight_states: float | tuple[float, ...] = 0.5
     normalize: str = "mean_square"
+    normalize_targets: str = "none"
     adaptive_power: float = 0.0
     adaptive_constant: float = 0.01
 
     def __post_init__(self):
         check_fields(self)
-        _at_least(self, 0, "weight_output", "weight_states", "adaptive_power")
-        if self.weight_output + self.weight_states == 0:
+        _at_least(self, 0, "weight_output", "adaptive_power")
+        _one_of(self, STRATEGIES, "strategy")
+        _one_of(self, NORMALIZATIONS, "normalize")
+        _one_of(self, TARGET_NORMS, "normalize_targets")
+        several = isinstance(self.weight_states, tuple)
+        for weight in self.weight_states if several else (self.weight_states,):
+            if not (0 <= weight < math.inf):
+                raise ValueError(f"weight_states: expected finite numbers of at least 0, got {self.weight_states}")
+        if self.strategy == "naive" and self.weight_output == 0:
+            raise ValueError("weight_output: expected more than 0 with the naive strategy, which has no other term")
+        if self.weight_output == 0 and not self.has_states:
             raise ValueError("weight_output, weight_states: expected at least one of them above 0")
-        if self.normalize not in NORMALIZATIONS:
-            raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)}, got {self.normalize!r}")
         if not (0 < self.adaptive_constant < math.inf):
             raise ValueError(f"adaptive_constant: expected a finite number > 0, got {self.adaptive_constant}")
+
+    @property
+    def has_states(self) -> bool:
+        """Whether any trajectory state has a term of its own."""
+        weights = self.weight_states if isinstance(self.weight_states, tuple) else (self.weight_states,)
+        return self.strategy != "naive" and any(weights)
+
+    def state_weights(self, count: int) -> tuple[float, ...]:
+        """The weights of `count` states' terms."""
+        return self.weight_states if isinstance(self.weight_states, tuple) else (self.weight_states,) * count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +167,13 @@ class FlowTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class InverseTraining:
-    """Stage two. Guidance strengths are drawn from U(0, model.max_guidance)."""
+    """Stage two.
+
+    label_drop: share of the labels replaced by -1 (unconditional) in training.
+    guidance_draw: how guidance strengths w in [0, model.max_guidance] are drawn, with u ~ U(0, 1): "uniform":
+        w = u max_guidance. "log_uniform": w = expm1(u log1p(max_guidance)), whose 1 + w is log-uniform. The paper does
+        not say; both are choices of ours.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: BiFlowConfig
@@ -145,10 +181,24 @@ class InverseTraining:
     run: RunConfig = field(default_factory=RunConfig)
     label_drop: float = 0.1
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    guidance_draw: str = "uniform"
 
     def __post_init__(self):
         check_fields(self)
         _check_drop(self.label_drop)
+        _one_of(self, GUIDANCE_DRAWS, "guidance_draw")
+        strategy, weights = self.alignment.strategy, self.alignment.weight_states
+        if self.model.reembed_states != (strategy == "hidden_distillation"):
+            raise ValueError(
+                f"model.reembed_states: expected {not self.model.reembed_states} with alignment.strategy {strategy!r} "
+                f"(hidden distillation, and only that, forces the states), got {self.model.reembed_states}"
+            )
+        if isinstance(weights, tuple) and len(weights) != self.model.num_groups - 1:
+            first = 0 if self.model.learned_denoising else 1
+            raise ValueError(
+                f"alignment.weight_states: expected one number, or {self.model.num_groups - 1} (states x_{first} to "
+                f"x_{self.model.num_blocks - 1}), got {len(weights)}"
+            )
         if self.model.max_guidance and not self.label_drop:
             raise ValueError("label_drop: expected more than 0 with max_guidance, which needs an unconditional output")
 
@@ -166,6 +216,12 @@ def _at_least(config, low: int, *names: str) -> None:
         value = getattr(config, name)
         if not (low <= value < math.inf):
             raise ValueError(f"{name}: expected a finite number of at least {low}, got {value}")
+
+
+def _one_of(config, choices: tuple[str, ...], name: str) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_drop(label_drop: float) -> None:

@@ -1,9 +1,11 @@
-"""Stage two: BiFlow's hidden alignment. The learned inverse follows the frozen flow's trajectory backwards.
+"""Stage two: the learned inverse follows the frozen flow's trajectory backwards.
 
-Source: BiFlow (arXiv 2512.10953): hidden alignment, learned denoising, guidance at training time, norm control.
+Source: BiFlow (arXiv 2512.10953): naive and hidden distillation, hidden alignment, learned denoising, guidance at
+training time, norm control. What the paper leaves open is decided in docs/decisions/0016.
 """
 
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -54,14 +56,19 @@ def alignment_loss(
     bin_width: float | None = None,
     training: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """BiFlow's stage two loss (arXiv 2512.10953): hidden alignment with learned denoising and trained-in guidance.
+    """BiFlow's stage two loss (arXiv 2512.10953, section 3), with trained-in guidance.
 
     x~ = x + noise (as the flow was trained), x_0 .. x_B = z the trajectory of flow.encode(x~, y), and G = inverse:
-    loss = weight_output term(h_out, patches(x)) + weight_states sum_i term(h_i, x_i), i = 0 .. B-1, `term` as above.
+    loss = weight_output term(h_out, patches(x)) + sum_i weight_states_i term(h_i, x_i / s_i), i = 0 .. B-1, `term` as
+    above, s_i by normalize_targets (`normalized`), and by the strategy
+        naive: no sum.
+        hidden_distillation: h_i is what G's next group starts from (model.reembed_states).
+        hidden_alignment: h_i is what a head reads from a hidden state that is free to be anything.
+    Without learned denoising h_out predicts x_0 in place of the clean patches, and the sum starts at i = 1.
 
     With max_guidance > 0 every h, the output's and the states', is (G(z | y, w) + w sg(G(z | none, 0))) / (1 + w) with
-    w ~ U(0, max_guidance) per sample and w = 0 where the label was dropped. The paper gives the mixture for the output;
-    to mix the states' heads as well is a choice of ours.
+    w drawn per sample (`draw_guidance`) and w = 0 where the label was dropped. The paper gives the mixture for the
+    output; to mix the states' heads as well is a choice of ours.
 
     The flow always encodes with the sample's own label: labels are dropped for G only, so that G(z | none) learns to
     decode the z of every class. (Both do without labels if the inverse has no classes.) The trajectory is computed
@@ -71,47 +78,77 @@ def alignment_loss(
         inverse, flow: the model that is trained, and the frozen forward model, left as it is.
         x: clean images (B,C,H,W) fp32. y: labels (B,) int64 or None.
         generator: source of the noise, then of the dropped labels, then of w.
-        config: alignment, label_drop; model.max_guidance.
+        config: alignment, label_drop, guidance_draw; model.max_guidance, learned_denoising, reembed_states.
         bin_width: of the data, for a flow with noise_std = 0.
         training: False: no label is dropped and w = 0.
 
     Returns:
-        loss, a scalar; the terms' errors (detached): "output", "state_0", ..., "state_{B-1}".
+        loss, a scalar; to log (detached): the terms' errors "output", "state_0", ..., "state_{B-1}", and the norms of
+        the trajectory "norm_0", ..., "norm_B": mean_b ||x_i|| / sqrt(T D).
     """
     own, weights = inverse.config, config.alignment
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         noisy = add_noise(x, flow.config.noise_std, bin_width, generator)
         flow_y = y if flow.config.num_classes and own.num_classes else None
         z, _, states = flow.encode(noisy, flow_y, return_states=True)
-        targets = {"output": patchify(x, own.patch_size)}
-        if weights.weight_states:
-            targets |= {f"state_{i}": state for i, state in enumerate(states[:-1])}
+        norms = {f"norm_{i}": s.square().mean((1, 2)).sqrt().mean() for i, s in enumerate(states)}
+        targets = {"output": patchify(x, own.patch_size) if own.learned_denoising else states[0]}
+        first = 0 if own.learned_denoising else 1  # without, the output is the prediction of x_0
+        if weights.has_states:
+            targets |= {
+                f"state_{i}": normalized(states[i], weights.normalize_targets) for i in range(first, own.num_blocks)
+            }
     label = y if own.num_classes else None
     w = None
     if training:
         label = drop_labels(label, config.label_drop, generator)
         if own.max_guidance:
-            w = own.max_guidance * torch.rand(len(x), generator=generator, device=x.device)
+            w = draw_guidance(len(x), own.max_guidance, config.guidance_draw, generator, x.device)
             w = torch.zeros_like(w) if label is None else torch.where(label < 0, 0.0, w)
-    predictions = _predict(inverse, z, label, w, bool(weights.weight_states))
+    predictions = _predict(inverse, z, label, w, weights.has_states)
     if w is not None:
         with torch.no_grad():
-            free = _predict(inverse, z, None, None, bool(weights.weight_states))
+            free = _predict(inverse, z, None, None, weights.has_states)
         mix = w.view(-1, 1, 1)
         predictions = [(h + mix * u) / (1 + mix) for h, u in zip(predictions, free, strict=True)]
     loss, errors = x.new_zeros(()), {}
-    for (name, target), prediction in zip(targets.items(), predictions, strict=True):
+    shares = (weights.weight_output, *(weights.state_weights(len(targets) - 1) if weights.has_states else ()))
+    for (name, target), prediction, share in zip(targets.items(), predictions, shares, strict=True):
         value, errors[name] = term(prediction, target, weights)
-        loss = loss + (weights.weight_output if name == "output" else weights.weight_states) * value
-    return loss, errors
+        loss = loss + share * value
+    return loss, errors | norms
+
+
+def normalized(state: Tensor, kind: str) -> Tensor:
+    """A trajectory state (B,T,D) as a target: state / s, of the same shape.
+
+    s by kind: "none": 1; "token_rms": sqrt of the mean of state^2 over each token's channels; "global": over each
+    sample's tokens and channels. s is at least 0.1, so that an even gray patch is not blown up.
+    """
+    dims = {"token_rms": (2,), "global": (1, 2)}.get(kind)
+    if dims is None:
+        return state
+    return state / state.square().mean(dims, keepdim=True).clamp_min(SQUARE_FLOOR).sqrt()
+
+
+def draw_guidance(
+    count: int, largest: float, draw: str, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Guidance strengths (count,) fp32 in [0, largest], from u ~ U(0, 1).
+
+    draw "uniform": u largest; "log_uniform": expm1(u log1p(largest)), so that log(1 + w) is uniform and small
+    strengths are seen most.
+    """
+    u = torch.rand(count, generator=generator, device=device)
+    return torch.expm1(u * math.log1p(largest)).clamp_max(largest) if draw == "log_uniform" else largest * u
 
 
 def _predict(inverse: BiFlow, z: Tensor, y: Tensor | None, w: Tensor | None, states: bool) -> list[Tensor]:
-    """[clean, x_0, ..., x_{B-1}], or [clean]: G's predictions in fp32."""
+    """[output, x_0, ..., x_{B-1}] (from x_1 on, where x_0 is the output), or [output]: G's predictions in fp32."""
     if not states:
         return [inverse(z, y, w).float()]
-    clean, hidden = inverse(z, y, w, return_states=True)
-    return [h.float() for h in (clean, *hidden)]
+    output, hidden = inverse(z, y, w, return_states=True)
+    return [h.float() for h in (output, *hidden[0 if inverse.config.learned_denoising else 1 :])]
 
 
 class Alignment:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from biflow import presets
 from biflow.checkpoint import TEMPORARY, replacing, sync
-from biflow.train.configs import flatten
+from biflow.config import completed
+from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
 FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep")}
 
@@ -39,12 +40,21 @@ def prepare(out: Path, config: dict, resume: bool) -> None:
     if entries and not (out / "config.yaml").exists():
         raise FileExistsError(f"{out}: expected a run to resume (config.yaml), got a folder that holds something else")
     if entries:
-        check_same(presets.read(str(out / "config.yaml")), config, str(out / "config.yaml"))
+        check_same(with_defaults(presets.read(str(out / "config.yaml"))), config, str(out / "config.yaml"))
     for leftover in [*out.glob(f"{TEMPORARY}*"), *(out / "checkpoints").glob(f"{TEMPORARY}*")]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     with replacing(out / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False))
     (out / "checkpoints").mkdir(exist_ok=True)
+
+
+def with_defaults(found: dict) -> dict:
+    """The configuration of a run, `stage` and all, with the defaults of fields that are newer than the run."""
+    cls = {"flow": FlowTraining, "inverse": InverseTraining}.get(found.get("stage"))
+    if cls is None:
+        return found
+    fields = {name: value for name, value in found.items() if name != "stage"}
+    return {"stage": found["stage"], **completed(cls, fields)}
 
 
 def check_same(found: dict, config: dict, where: str) -> None:

@@ -113,7 +113,8 @@ class Trainer:
 
     def restore(self, state: checkpoint.Contents, average: nn.Module) -> None:
         """Continue from what a checkpoint holds. ValueError: it is of a run with another configuration."""
-        runs.check_same({**state.config, **state.metadata}, {**self.mapping, **self.objective.identity}, str(self.out))
+        found = {**runs.with_defaults(state.config), **state.metadata}
+        runs.check_same(found, {**self.mapping, **self.objective.identity}, str(self.out))
         tensors, metadata = state.tensors, state.metadata
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         self.average.model.load_state_dict(average.state_dict())

@@ -1,0 +1,136 @@
+"""Presets: the sizes that are known of the paper's models, that pairs fit, and one step of every one, made small."""
+
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+
+import biflow
+from biflow import cli, presets, train
+from biflow.config import to_mapping
+from biflow.data import DataConfig, load
+from biflow.evaluate import check_pair
+
+INVERSES = [name for name in presets.names() if name.endswith("_inverse")]
+SMALL = (
+    "model.width=16", "model.head_dim=8", "model.num_blocks=2", "optim.steps=1", "optim.batch_size=2",
+    "optim.warmup_steps=0", "run.tensorboard=false", "run.threads=1", "run.validate_images=2",
+)  # fmt: skip
+DEPTH = {"flow": "model.layers_per_block=1", "inverse": "model.layers_per_group=1"}
+
+
+def build(name, overrides=()):
+    settings = presets.training(name, overrides)
+    return settings, (biflow.TarFlow if isinstance(settings, train.FlowTraining) else biflow.BiFlow)(settings.model)
+
+
+def flow_of(inverse):
+    return inverse.removesuffix("inverse") + "flow"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """What the presets' comments ask for: beginning of a preset's name -> data.source."""
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
+    gray = rng.randint(0, 256, (20, 28, 28)).astype(np.uint8)
+    np.savez(folder / "fashion.npz", images=gray, labels=np.arange(20) % 10)
+    latents = rng.standard_normal((1000, 32, 32, 4)).astype(np.float16)
+    np.savez(folder / "latents.npz", images=latents, labels=np.arange(1000))
+    (folder / "images").mkdir()
+    for k in range(4):
+        Image.fromarray(rng.randint(0, 256, (40, 36, 3)).astype(np.uint8)).save(folder / f"images/{k}.png")
+    return {
+        "digits": "digits",
+        "fashion": str(folder / "fashion.npz"),
+        "folder": str(folder / "images"),
+        "imagenet256": str(folder / "latents.npz"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("imagenet256_b2_flow", 120), ("imagenet256_xl2_flow", 690), ("imagenet256_b2_inverse", 133)],
+)
+def test_preset_parameter_counts(name, millions):
+    """The paper's counts, within 3% (arXiv 2512.10953)."""
+    with torch.device("meta"):
+        settings, model = build(name)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1e6 * millions, rel=0.03)
+    c = settings.model
+    assert (c.tokens, c.channels, c.num_blocks) == (256, 16, 8)
+    assert (c.norm, c.gate, c.qk_norm, c.rope) == ("rmsnorm", "swiglu", True, True)
+    assert c.class_tokens > 0
+
+
+def test_sizes_grow():
+    def count(name):
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(name)[1].parameters())
+
+    for stage in ("flow", "inverse"):
+        small, middle, large = (count(f"imagenet256_{size}_{stage}") for size in ("b2", "l2", "xl2"))
+        assert 1.5 * small < middle < large / 1.5
+
+
+@pytest.mark.parametrize("name", INVERSES)
+def test_an_inverse_fits_the_flow_of_its_name(name):
+    with torch.device("meta"):
+        (settings, rev), (flow_settings, flow) = build(name), build(flow_of(name))
+    check_pair(rev, flow)
+    assert to_mapping(settings.data) == to_mapping(flow_settings.data)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_preset_says_its_data_and_trains_a_step_on_it(name, sources, tmp_path):
+    source = next(source for kind, source in sources.items() if name.startswith(kind))
+    comments = "".join(
+        line
+        for line in (resources.files("biflow.presets") / f"{name}.yaml").read_text().splitlines()
+        if line[:1] == "#"
+    )
+    assert "digits" in comments if source == "digits" else "data.source=" in comments
+    stage = name.rpartition("_")[2]
+    given = (*SMALL, f"data.source={source}")
+    settings = presets.training(name, (*given, DEPTH[stage]))
+    if stage == "flow":
+        model = train.train_flow(settings, tmp_path / "run", progress=False)
+    else:
+        flow = build(flow_of(name), (*given, DEPTH["flow"]))[1]
+        model = train.train_inverse(settings, flow, tmp_path / "run", progress=False)
+    assert biflow.load(tmp_path / "run" / "model.safetensors").config == settings.model
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_latents_are_read_as_they_are_stored_and_drawn_as_they_are(sources, tmp_path):
+    data = load(DataConfig(source=sources["imagenet256"]))
+    assert (data.channels, data.img_size, data.num_classes, data.bin_width) == (4, 32, 1000, None)
+    assert float(data.train_x.batch(torch.arange(8)).abs().max()) > 2
+    flow = biflow.TarFlow(
+        biflow.TarFlowConfig(img_size=4, in_channels=4, patch_size=2, width=16, head_dim=8, num_blocks=1)
+    )
+    biflow.save(flow, tmp_path / "flow.safetensors")
+    words = ["sample", str(tmp_path / "flow.safetensors"), "--n", "50", "--out", str(tmp_path / "drawn.npz")]
+    assert cli.main(words) == 0
+    drawn = np.load(tmp_path / "drawn.npz")["images"]
+    assert drawn.shape == (50, 4, 4, 4)
+    assert np.abs(drawn).max() > 2  # not clamped to [-1, 1]
+    assert load(DataConfig(source=str(tmp_path / "drawn.npz"))).channels == 4
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((2, 4, 4, 4), np.uint8), r"\(N,H,W,C\) in floating point for latents; got uint8 \(2, 4, 4, 4\)"),
+        (np.full((2, 4, 4, 4), np.inf), "expected finite latents, got values in"),
+        (np.full((2, 4, 4, 3), 2.0), r"expected values in \[-1, 1\], got values in \[2, 2\]"),
+        (np.zeros((2, 4, 4, 0)), r"or \(N,H,W,C\) in floating point for latents; got float64"),
+    ],
+    ids=["bytes", "infinite", "RGB", "nothing"],
+)
+def test_what_is_no_latent_is_refused(array, reason, tmp_path):
+    np.savez(tmp_path / "bad.npz", images=array)
+    with pytest.raises(ValueError, match=reason):
+        load(DataConfig(source=str(tmp_path / "bad.npz")))
