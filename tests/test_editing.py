@@ -126,6 +126,18 @@ def test_one_round_is_the_formula(noisy_flow, reverse):
         torch.testing.assert_close(found.max_error, difference.abs().amax(1))
 
 
+def test_rounds_of_a_learned_inverse_see_noise_again(noisy_flow, reverse):
+    """What it returns is clean, and the flow encodes noisy images: the second round adds the first one's noise."""
+    x, y = tiny.images(noisy_flow), labels(4)
+    first = editing.inpaint(noisy_flow, x, LEFT, y, inverse=reverse, generator=seeded())
+    second = editing.inpaint(noisy_flow, x, LEFT, y, inverse=reverse, rounds=2, generator=seeded())
+    noise, eps = draws(4, True)
+    z, _ = noisy_flow.encode(first.images + 0.2 * noise, y)
+    want = torch.where(editing.token_mask(LEFT[None, None], 2)[:, :, None], z, eps)
+    torch.testing.assert_close(second.z, want, rtol=0, atol=1e-5)
+    assert not torch.equal(second.z, first.z)
+
+
 @pytest.mark.parametrize("learned", [False, True], ids=["exact", "learned"])
 def test_known_pixels_are_kept_and_hidden_ones_never_read(noisy_flow, reverse, learned):
     x, y = tiny.images(noisy_flow), labels(4)
