@@ -35,7 +35,19 @@ _HOMES = {
     "load": "biflow.checkpoint",
     "save": "biflow.checkpoint",
 }
-_MODULES = ("checkpoint", "config", "data", "evaluate", "interop", "models", "ops", "reference", "solvers", "train")
+_MODULES = (
+    "checkpoint",
+    "config",
+    "data",
+    "editing",
+    "evaluate",
+    "interop",
+    "models",
+    "ops",
+    "reference",
+    "solvers",
+    "train",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "models": {"models", "ops", "solvers", "config"},
     "data": {"data", "config"},
     "calibration": {"models", "solvers", "config"},
+    "editing": {"editing", "models", "evaluate", "config"},
 }
 TOP = {"cli", "demo"}  # imported by nothing below them
 

@@ -407,7 +407,10 @@ def test_debug_shows_the_traceback(capsys):
     assert err.endswith("biflow: error: none.safetensors: no such file\n")
 
 
-@pytest.mark.parametrize("command", ["train", "distill", "sample", "calibrate", "evaluate", "info", "demo", "bench"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "distill", "sample", "calibrate", "evaluate", "info", "demo", "bench", "inpaint", "edit", "interpolate"],
+)
 def test_help_has_examples(command, capsys):
     assert cli.main([command, "--help"]) == 0
     assert f"  biflow {command}" in capsys.readouterr().out.split("Examples:")[1]

@@ -42,6 +42,9 @@ def test_readme_has_code_and_commands():
         "evaluate",
         "info",
         "bench",
+        "inpaint",
+        "edit",
+        "interpolate",
     }
 
 

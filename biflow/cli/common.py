@@ -3,15 +3,22 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from biflow.data import DataConfig
     from biflow.models import BiFlow, TarFlow
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CKPT", help="A model .safetensors file, or a finished run's folder.")
+]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
 
 
 class Interrupted(Exception):
@@ -96,6 +103,36 @@ def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConf
         err=True,
     )
     return DataConfig(source=source, img_size=img_size if Path(source).expanduser().is_dir() else None)
+
+
+def own_data(checkpoint: str, source: str | None) -> bool:
+    """Whether `source` is what the run that the checkpoint lies in was trained on; None: whatever that is."""
+    own = _run_data(checkpoint)
+    return source is None or (own is not None and _same_source(own.source, source))
+
+
+def picture_file(out: str) -> Path:
+    """The file of --out: a .png or .npz in a folder that exists."""
+    path = Path(out).expanduser()
+    if path.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out: expected a file ending in .png or .npz, got {out!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
+    return path
+
+
+def write_npz(images: "Tensor", y: "Tensor | None", path: Path) -> None:
+    """Images (N,C,H,W), pixels clamped to [-1, 1], and labels (N,) as a file that --data and data.source read."""
+    import numpy as np
+
+    from biflow.checkpoint import replacing
+    from biflow.data import in_range
+
+    arrays = {"images": in_range(images).permute(0, 2, 3, 1).numpy()}
+    if y is not None:
+        arrays["labels"] = y.numpy()
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def _run_data(checkpoint: str) -> "DataConfig | None":

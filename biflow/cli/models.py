@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from biflow.cli.common import data_config, examples, load_model, model_file
+from biflow.cli.common import (
+    Checkpoint,
+    Device,
+    Seed,
+    data_config,
+    examples,
+    load_model,
+    model_file,
+    picture_file,
+    write_npz,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,11 +26,6 @@ if TYPE_CHECKING:
     from biflow.models import BiFlow, TarFlow
     from biflow.solvers import DecodeInfo, Policy
 
-Checkpoint = Annotated[
-    str, typer.Argument(metavar="CKPT", help="A model .safetensors file, or a finished run's folder.")
-]
-Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
 BATCH = 256  # images drawn at once: memory does not grow with --n
 
 
@@ -68,11 +73,7 @@ def sample(
     from biflow.models import TarFlow
     from biflow.ops._checks import local_device
 
-    path = Path(out).expanduser()
-    if path.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out: expected a file ending in .png or .npz, got {out!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
+    path = picture_file(out)
     model, where = load_model(checkpoint, device=device), local_device(device)
     y = _labels(model, label, n)
     if guidance is None:
@@ -351,18 +352,10 @@ def _labels(model: "TarFlow | BiFlow", label: str, n: int) -> "Tensor | None":
 
 
 def _write(images: "Tensor", y: "Tensor | None", path: Path) -> None:
-    import numpy as np
-
-    from biflow.checkpoint import replacing
-    from biflow.data import in_range
     from biflow.evaluate import plots
 
     if path.suffix == ".npz":
-        arrays = {"images": in_range(images).permute(0, 2, 3, 1).numpy()}
-        if y is not None:
-            arrays["labels"] = y.numpy()
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+        write_npz(images, y, path)
     elif y is not None and len(y.unique()) > 1:
         classes = y.unique().tolist()
         plots.save_grid([images[y == k] for k in classes], path, labels=[f"class {k}" for k in classes])
