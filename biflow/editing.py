@@ -126,7 +126,7 @@ def inpaint(
     known = token_mask(mask, c.patch_size).expand(len(x), -1)
     given = start + noise
     # what the decode should give back on known pixels, and what it lacks to be encoded again
-    wanted, lacking = (given, torch.zeros_like(noise)) if inverse is None else (start, noise)
+    wanted, lacking = (given, torch.zeros_like(noise)) if not coder.decodes_clean else (start, noise)
     current, errors = given, []
     for _ in range(rounds):
         z = torch.where(known[:, :, None], coder.encode(current), eps)
@@ -256,13 +256,13 @@ class _Coder:
             check_pair(inverse, flow)
             for name in [n for n in options if n not in ("guidance", "precision")]:
                 raise ValueError(f"{name}: expected with the exact inverse only; a learned inverse has one pass")
-        clean = inverse is not None and inverse.config.learned_denoising
-        if clean and denoise is not None:
+        self.decodes_clean = inverse is not None and inverse.config.learned_denoising
+        if self.decodes_clean and denoise is not None:
             raise ValueError(f"denoise: expected None with an inverse that has learned denoising, got {denoise}")
         if denoise and trained == 0:
             raise ValueError("denoise: expected a model with noise_std > 0, got noise_std = 0")
         self.flow, self.inverse, self.options = flow, inverse, options
-        self.denoise = not clean and (trained > 0 if denoise is None else denoise)
+        self.denoise = not self.decodes_clean and (trained > 0 if denoise is None else denoise)
         self.noise_std = trained if noise_std is None else check_number("noise_std", noise_std, minimum=0, single=True)
         self.y = self.context = None
 

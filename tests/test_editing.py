@@ -112,9 +112,11 @@ def test_one_round_is_the_formula(noisy_flow, reverse):
     noise, eps = draws(4, True)
     z, _ = noisy_flow.encode(torch.where(LEFT, x, 0.3) + 0.2 * noise, y)
     z = torch.where(editing.token_mask(LEFT[None, None], 2)[:, :, None], z, eps)
+    noisy = make_reverse(num_classes=3, learned_denoising=False)
     for inverse, want in (
         (None, noisy_flow.denoise(noisy_flow.decode(z, y), y)),
         (reverse, reverse.decode(z, y, guidance=1.0)),
+        (noisy, noisy_flow.denoise(noisy.decode(z, y, guidance=1.0), y)),
     ):
         options = {} if inverse is None else {"guidance": 1.0}
         found = editing.inpaint(
@@ -315,7 +317,7 @@ BAD = {
     "generator": (inpainting(generator=7), TypeError, "generator: expected a torch.Generator or None"),
     "denoise not bool": (inpainting(denoise=1), TypeError, "denoise: expected True, False or None"),
     "denoise without noise": (inpainting(flow=make_flow(), denoise=True), ValueError, "denoise: expected a model with"),
-    "denoise twice": (inpainting(inverse=None, denoise=True), ValueError, "denoise: expected None with a learned"),
+    "denoise twice": (inpainting(inverse=None, denoise=True), ValueError, "denoise: expected None with an inverse that has"),
     "solver of an inverse": (inpainting(inverse=None, solver="jacobi"), ValueError, "solver: expected with the exact"),
     "context of an inverse": (inpainting(inverse=None, context=torch.zeros(4, 1, 5)), ValueError, "context: expected"),
     "another flow's inverse": (inpainting(inverse=make_reverse(num_blocks=2)), ValueError, "does not belong to this"),
@@ -467,7 +469,7 @@ BAD_LINES = {
         "inpaint --half left --solver jacobi --inverse {files}/inverse.safetensors", "--solver: expected without --inv",
     ),
     "no-denoise": (
-        "edit --from 0 --to 1 --no-denoise --inverse {files}/inverse.safetensors", "--no-denoise: expected without",
+        "edit --from 0 --to 1 --no-denoise --inverse {files}/inverse.safetensors", "--no-denoise: expected with the exact",
     ),
     "flow as inverse": ("inpaint --half left --inverse {files}/flow.safetensors", "expected a BiFlow, got a TarFlow"),
     "guidance": (
