@@ -222,6 +222,8 @@ def test_empty(backend):
     [
         ([0, 3, 2, 1, 8, 0], "CUDA error 1: "),  # row tiles that there are no kernels for
         ([0, 1, 2, 1, 3, 0], "CUDA error 1: "),
+        ([0, 0, 2, 1, 8, 0], "CUDA error 1: "),
+        ([0, 1, 2, 1, 0, 0], "CUDA error 1: "),
         ([0, 2, 2, 1, 8, 1], "CUDA error 1: "),  # norm in place of more rows than it takes
         ([0, 1, 1, 1, 8, 0], "CUDA error 1: "),  # fewer blocks than row groups
         ([0, 1, 2, 0, 8, 0], "CUDA error 1: "),
