@@ -157,8 +157,8 @@ void run_crews(const Params& p, int64_t rows_per_sample, int64_t max_rows, Scrat
   // a step reads the weights of the layers: from the L2 cache, if they fit, few rows pay for that
   constexpr int64_t kCacheWords = 400 << 10;
   const int64_t words = packed_block(p.shape).layer_size * p.shape.layers, own_rows = words <= kCacheWords ? 2 : 16;
-  cpu::Schedule s = cpu::make_schedule(p.B, rows_per_sample, max_rows, own_rows, words, p.shape.has_halves(),
-                                       contention().threads());
+  cpu::Schedule s =
+      cpu::make_schedule(p.B, rows_per_sample, max_rows, own_rows, words, p.shape.has_halves(), contention().threads());
   scratch(p, s, &s.scratch_stride);
   struct Free {
     void operator()(float* memory) const { std::free(memory); }

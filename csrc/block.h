@@ -27,8 +27,8 @@ struct BlockShape {
   int heads() const { return width / head_dim; }
   int fc1_rows() const { return gate == Gate::swiglu ? 2 * mlp_hidden : mlp_hidden; }
   int raw_columns() const { return shift_only ? channels : 2 * channels; }
-  // On a CPU: whether heads and hidden units divide into two halves of whole tiles, so that two threads can share a layer
-  // in two phases (csrc/cpu/transformer.h).
+  // On a CPU: whether heads and hidden units divide into two halves of whole tiles, so that two threads can share a
+  // layer in two phases (csrc/cpu/transformer.h).
   bool has_halves() const { return heads() % 2 == 0 && head_dim % 32 == 0 && mlp_hidden % 64 == 0; }
 };
 

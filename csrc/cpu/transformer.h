@@ -158,8 +158,8 @@ class Transformer {
     }
   }
 
-  // The next `count` tokens of every sequence, at the cache's positions from `position` on: h in, h out, which `project`
-  // may have to finish. The prefix is not rotated, and of it the last layer needs keys and values only.
+  // The next `count` tokens of every sequence, at the cache's positions from `position` on: h in, h out, which
+  // `project` may have to finish. The prefix is not rotated, and of it the last layer needs keys and values only.
   void layers(int position, int count, bool tokens) {
     const Tokens now{position, count, sequences_ * count, tokens};
     session_.rows(now.rows);
