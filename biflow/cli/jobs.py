@@ -1,5 +1,7 @@
-"""Long jobs: train, distill, demo. Each can be interrupted and resumed."""
+"""Long jobs: train, distill, demo, ablate. Each can be interrupted and resumed."""
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -72,6 +74,33 @@ def demo(
     )
 
 
+def ablate(
+    rows: Annotated[list[str], typer.Argument(metavar="ROW.yaml...", help="Files with a row each.")],
+    out: Annotated[str, typer.Option("--out", help="Folder of the results, the runs and the table.")],
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds of training, separated by commas.")] = "0,1,2",
+    data: Annotated[str | None, typer.Option("--data", help="In place of the rows' data.source.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of both stages of all rows.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train and compare variants: a table over rows and seeds.
+
+    Every row trains a flow, shared by rows that have the same one, and a learned inverse if it names one. Results are
+    in --out/results, one JSON a row and seed, and are not computed again; the table is --out/table.md, the plot
+    table.png. Start it again to go on after an interruption.
+    """
+    from biflow.ablation import run_ablation
+
+    try:
+        numbers = [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds: expected integers separated by commas, got {seeds!r}") from None
+    changes = [*(settings or ()), *([] if data is None else [f"data.source={json.dumps(data)}"])]
+    run_ablation(rows, out, seeds=numbers, settings=changes, progress=not quiet)
+    typer.echo(Path(out, "table.md").read_text() + f"{out}/table.md")
+
+
 COMMANDS = (
     (
         "train",
@@ -91,6 +120,14 @@ COMMANDS = (
             "biflow distill digits_inverse optim.steps=200 --flow runs/flow --out runs/short",
             "biflow distill digits_inverse alignment.strategy=hidden_distillation model.reembed_states=true "
             "--flow runs/flow --out runs/forced",
+        ),
+    ),
+    (
+        "ablate",
+        ablate,
+        examples(
+            "biflow ablate configs/ablations/*.yaml --data fashion_mnist.npz --out runs/ablations",
+            "biflow ablate naive.yaml alignment.yaml --seeds 0,1 --set optim.steps=500 --out runs/short",
         ),
     ),
     ("demo", demo, examples("biflow demo --out runs/demo", "biflow demo --out runs/demo --resume")),

@@ -1,0 +1,254 @@
+"""Ablations: rows of a table, each a flow and maybe a learned inverse, trained from several seeds and compared."""
+
+import hashlib
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import biflow
+from biflow import data as datasets
+from biflow import evaluate, presets
+from biflow.checkpoint import replacing
+from biflow.config import check_fields, completed, from_mapping, to_mapping
+from biflow.evaluate import EvaluationConfig
+from biflow.models import BiFlow, TarFlow
+from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse
+from biflow.train.runs import check_same
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationRow:
+    """One row, as a YAML file has it.
+
+    title: what the table calls it.
+    flow, inverse: a preset or YAML file of stage one, and of stage two; without inverse the row is of the exact one.
+    flow_settings, inverse_settings: `key=value` changes of them.
+    evaluation: of samples and reconstructions.
+    """
+
+    title: str
+    flow: str
+    flow_settings: tuple[str, ...] = ()
+    inverse: str | None = None
+    inverse_settings: tuple[str, ...] = ()
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.inverse is None and self.inverse_settings:
+            raise ValueError(f"inverse_settings: expected none without inverse, got {list(self.inverse_settings)}")
+
+    def training(self, seed: int, settings: Sequence[str]) -> tuple[FlowTraining, InverseTraining | None]:
+        """Both stages' configurations, with `settings` and the seed applied last."""
+        last = [*settings, f"run.seed={seed}"]
+        flow = presets.training(self.flow, [*self.flow_settings, *last], "flow")
+        if self.inverse is None:
+            return flow, None
+        return flow, presets.training(self.inverse, [*self.inverse_settings, *last], "inverse")
+
+
+def read_row(path: str | Path) -> AblationRow:
+    """The row in a YAML file; the .yaml files that it names are relative to it.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: no such file, not a row.
+    """
+    row = from_mapping(AblationRow, presets.read(str(path)), str(path))
+    stages = {name: getattr(row, name) for name in ("flow", "inverse")}
+    folder = Path(path).parent
+    return replace(row, **{k: str(folder / v) for k, v in stages.items() if v and v.endswith((".yaml", ".yml"))})
+
+
+def run_ablation(
+    rows: Sequence[str | Path],
+    out: str | Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    settings: Sequence[str] = (),
+    progress: bool = True,
+) -> dict[str, list[dict[str, Any]]]:
+    """Train and evaluate every row from every seed, and write a table and a plot.
+
+    What is finished is skipped, what was interrupted goes on: call it again. Rows whose flows have the same
+    configuration share them.
+
+    Args:
+        rows: YAML files (`AblationRow`); their names name the results.
+        out: a folder. results/ROW-SEED.json: one result each, small enough to be kept in a repository; flows/,
+            inverses/: the runs; table.md, table.png.
+        seeds: of training; the evaluation has its own. A row's mean and spread are over them.
+        settings: `key=value` for both stages of all rows, such as data.source=fashion_mnist.npz.
+        progress: show progress bars.
+
+    Returns:
+        name of a row -> its results in the order of `seeds`.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: rows that cannot be read, two of one name, no seeds or one twice; a
+            result in `out` of another configuration (where the data lies may differ).
+    """
+    named = {Path(path).stem: read_row(path) for path in rows}
+    if len(named) < len(rows) or not named:
+        raise ValueError(f"rows: expected files of different names, at least one, got {[str(p) for p in rows]}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: expected at least one, each once, got {list(seeds)}")
+    out = Path(out)
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    results = {name: [] for name in named}
+    for seed in seeds:  # all rows of a seed first: a table that is cut short compares all of them
+        for name, row in named.items():
+            results[name].append(_result(name, row, seed, settings, out, progress))
+            write_tables({n: r for n, r in results.items() if r}, out)
+    return results
+
+
+def _result(name: str, row: AblationRow, seed: int, settings: Sequence[str], out: Path, progress: bool) -> dict:
+    flow_config, inverse_config = row.training(seed, settings)
+    configuration = {
+        "flow": to_mapping(flow_config),
+        "inverse": None if inverse_config is None else to_mapping(inverse_config),
+        "evaluation": to_mapping(row.evaluation),
+    }
+    file = out / "results" / f"{name}-{seed}.json"
+    if file.is_file():
+        found = json.loads(file.read_text())
+        check_same(_with_defaults(found["configuration"]), _without_place(configuration), str(file))
+        return found
+    flow = train_flow(flow_config, out / "flows" / _digest(flow_config), resume=True, progress=progress)
+    rev = None
+    if inverse_config is not None:
+        rev = train_inverse(inverse_config, flow, out / "inverses" / f"{name}-{seed}", resume=True, progress=progress)
+    result = {
+        "row": name,
+        "title": row.title,
+        "seed": seed,
+        **_evaluate(flow, rev, flow_config, row.evaluation),
+        "train_seconds": {
+            "flow": _train_seconds(out / "flows" / _digest(flow_config)),
+            "inverse": None if rev is None else _train_seconds(out / "inverses" / f"{name}-{seed}"),
+        },
+        "configuration": _without_place(configuration),
+        "environment": {
+            "biflow": biflow.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "cpu_isa": torch.ops.biflow.cpu_isa(),
+        },
+    }
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return result
+
+
+def _evaluate(flow: TarFlow, rev: BiFlow | None, config: FlowTraining, evaluation: EvaluationConfig) -> dict:
+    real = evaluate.RealData.of(datasets.load(config.data), evaluation)
+    if rev is None:
+        found = evaluate.evaluate_flow(flow, real, evaluation)
+        passes = flow.config.num_blocks * flow.blocks[0].sequential_passes
+    else:
+        found = evaluate.evaluate_inverse(rev, flow, real, evaluation)
+        passes = 1
+    return {"data": evaluate.describe_data(real), "passes": passes, **found}
+
+
+def _without_place(configuration: dict) -> dict:
+    """The configuration without what differs from one machine to the next: where the data lies."""
+    stages = {k: v for k, v in configuration.items() if k in ("flow", "inverse") and v is not None}
+    return configuration | {
+        k: v | {"data": {name: value for name, value in v["data"].items() if name != "source"}}
+        for k, v in stages.items()
+    }
+
+
+def _with_defaults(configuration: dict) -> dict:
+    """The configuration of a result with the defaults of fields that are newer than it."""
+    classes = {"flow": FlowTraining, "inverse": InverseTraining, "evaluation": EvaluationConfig}
+    return _without_place({k: v and completed(classes[k], v) for k, v in configuration.items()})
+
+
+def _digest(config: FlowTraining) -> str:
+    named = _without_place({"flow": to_mapping(config)})
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _train_seconds(run: Path) -> float:
+    return round(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"], 1)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def write_tables(results: dict[str, list[dict]], out: Path) -> None:
+    """out/table.md and (this needs Matplotlib) out/table.png: the Frechet distance of every row by guidance."""
+    with replacing(out / "table.md") as temporary:
+        temporary.write_text(table(results))
+    _plot(results, out / "table.png")
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Markdown: a line a row, at the guidance of its lowest mean Frechet distance; mean and spread (std) over seeds."""
+    lines = [
+        "| | seeds | guidance | Frechet distance | class agreement | at guidance 0: Frechet distance | class agreement "
+        "| reconstruction MSE | bits per dim |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for found in results.values():
+        by_guidance = _by_guidance(found)
+        best = min(by_guidance, key=lambda g: _mean([s["frechet"] for s in by_guidance[g]]))
+        cells = [found[0]["title"], str(len(found)), f"{best:g}"]
+        for guidance in (best, 0.0):
+            samples = by_guidance.get(guidance)
+            cells += [_cell([s[key] for s in samples]) if samples else "" for key in ("frechet", "class_agreement")]
+        cells += [_cell([r.get(key) for r in found]) for key in ("reconstruction_mse", "held_out_bits_per_dim")]
+        lines.append(f"| {' | '.join(cells)} |")
+    floor = [r["data"]["frechet_held_out"] for found in results.values() for r in found]
+    lines += [
+        "",
+        f"Real held-out images: Frechet distance {_cell(floor)}. A cell: mean over seeds ± standard deviation.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _by_guidance(results: list[dict]) -> dict[float, list[dict]]:
+    found: dict[float, list[dict]] = {}
+    for result in results:
+        for samples in result["samples"]:
+            found.setdefault(samples["guidance"], []).append(samples)
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else float("inf")
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    if not known:
+        return ""
+    spread = f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.4g}{spread}"
+
+
+def _plot(results: dict[str, list[dict]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for found in results.values():
+        by_guidance = {g: [s["frechet"] for s in samples] for g, samples in sorted(_by_guidance(found).items())}
+        by_guidance = {g: known for g, v in by_guidance.items() if (known := [x for x in v if x is not None])}
+        means = [statistics.fmean(v) for v in by_guidance.values()]
+        spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in by_guidance.values()]
+        axes.errorbar(list(by_guidance), means, yerr=spreads, marker="o", capsize=3, label=found[0]["title"])
+    axes.set(xlabel="guidance", ylabel="Frechet distance, lower is better")
+    axes.legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
