@@ -285,6 +285,8 @@ TWINS = {
 @pytest.mark.parametrize("name", TWINS)
 def test_every_phase_against_the_twin(backend, name, splits, precision, leave_out):
     """Stopped after each phase: what it wrote is what the twin makes of the buffers before, the rest is as it was."""
+    if backend.name == "race":
+        pytest.skip("stopped after a phase, the output is not complete, which it reports")
     if backend.name not in ("forward", "cuda"):
         leave_out("a launch a phase, stopped after each, in one order")
     config, z, options = make_small(name, 2, **TWINS[name])
