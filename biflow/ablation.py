@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import biflow
 from biflow import data as datasets
@@ -18,8 +15,9 @@ from biflow.checkpoint import replacing
 from biflow.config import check_fields, completed, from_mapping, to_mapping
 from biflow.evaluate import EvaluationConfig
 from biflow.models import BiFlow, TarFlow
+from biflow.report import environment
 from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse
-from biflow.train.runs import check_same
+from biflow.train.runs import check_same, train_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,27 +118,22 @@ def _result(name: str, row: AblationRow, seed: int, settings: Sequence[str], out
         found = json.loads(file.read_text())
         check_same(_with_defaults(found["configuration"]), _without_place(configuration), str(file))
         return found
-    flow = train_flow(flow_config, out / "flows" / _digest(flow_config), resume=True, progress=progress)
+    flow_run, inverse_run = out / "flows" / _digest(flow_config), out / "inverses" / f"{name}-{seed}"
+    flow = train_flow(flow_config, flow_run, resume=True, progress=progress)
     rev = None
     if inverse_config is not None:
-        rev = train_inverse(inverse_config, flow, out / "inverses" / f"{name}-{seed}", resume=True, progress=progress)
+        rev = train_inverse(inverse_config, flow, inverse_run, resume=True, progress=progress)
     result = {
         "row": name,
         "title": row.title,
         "seed": seed,
         **_evaluate(flow, rev, flow_config, row.evaluation),
         "train_seconds": {
-            "flow": _train_seconds(out / "flows" / _digest(flow_config)),
-            "inverse": None if rev is None else _train_seconds(out / "inverses" / f"{name}-{seed}"),
+            "flow": train_seconds(flow_run),
+            "inverse": None if rev is None else train_seconds(inverse_run),
         },
         "configuration": _without_place(configuration),
-        "environment": {
-            "biflow": biflow.__version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
-            "cpu_isa": torch.ops.biflow.cpu_isa(),
-        },
+        "environment": {"biflow": biflow.__version__, **environment()},
     }
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -176,10 +169,6 @@ def _with_defaults(configuration: dict) -> dict:
 def _digest(config: FlowTraining) -> str:
     named = _without_place({"flow": to_mapping(config)})
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _train_seconds(run: Path) -> float:
-    return round(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"], 1)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from biflow.checkpoint import TEMPORARY, replacing
 from biflow.config import completed, to_mapping
 from biflow.evaluate import EvaluationConfig, plots
 from biflow.models import BiFlow, TarFlow
-from biflow.report import markdown
+from biflow.report import environment, markdown
 from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse
-from biflow.train.runs import check_same
+from biflow.train.runs import check_same, train_seconds
 
 FLOW_PRESET, INVERSE_PRESET = "digits_flow", "digits_inverse"
 DEFAULT_GUIDANCE = 0.7  # of the learned samples; fixed before the samples are scored
@@ -141,15 +140,10 @@ def _evaluate(out: Path, config: DemoConfig, flow: TarFlow, rev: BiFlow, quick: 
         "exact": {"parameters": _count(flow), **exact},
         "learned": {"parameters": _count(rev), **learned},
         "configuration": to_mapping(config),
-        "environment": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
-            "cpu_isa": torch.ops.biflow.cpu_isa(),
-        },
+        "environment": environment(),
         "timings": {
-            "train_flow_seconds": _train_seconds(out / "flow"),
-            "train_inverse_seconds": _train_seconds(out / "inverse"),
+            "train_flow_seconds": train_seconds(out / "flow"),
+            "train_inverse_seconds": train_seconds(out / "inverse"),
             "evaluation_seconds": round(seconds, 1),
             "decoders": decoders,
         },
@@ -189,8 +183,3 @@ def _pictures(
 
 def _count(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _train_seconds(run: Path) -> float:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return round(lines[-1]["seconds"], 1)

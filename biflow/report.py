@@ -1,6 +1,19 @@
 """report.md of the demo: the numbers of report.json in words and tables, around the pictures."""
 
+import platform
 from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """What else numbers depend on: versions, torch's threads, the CPU kernels' instruction set."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "cpu_isa": torch.ops.biflow.cpu_isa(),
+    }
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -33,10 +33,8 @@ Tensor pack_block(std::vector<Tensor> weights, int64_t tokens, int64_t channels,
   return packed;
 }
 
-// [persistent, row_tiles, blocks, splits, warps, norm_in_place]; none: what decode_plan chooses for the machine.
-DecodePlan make_plan(const DecodeBlockParams& p, const std::vector<int64_t>& given,
-                     const biflow::cuda::DecodeMachine& machine) {
-  if (given.empty()) return biflow::cuda::decode_plan(p, machine);
+// From [persistent, row_tiles, blocks, splits, warps, norm_in_place].
+DecodePlan given_plan(const std::vector<int64_t>& given) {
   STD_TORCH_CHECK(
       given.size() == 6,
       "decode_block: plan must be [persistent, row_tiles, blocks, splits, warps, norm_in_place] or [], got ",
@@ -73,7 +71,7 @@ void decode_block_(Tensor z, Tensor packed, OptionalTensor added, OptionalTensor
       guide, anneal, attn_temp, biflow::Target::cuda, &z);
   if (z.numel() == 0) return;
   const Launch launch(z);
-  const DecodePlan how = make_plan(p, plan, biflow::cuda::decode_machine());
+  const DecodePlan how = plan.empty() ? biflow::cuda::decode_plan(p, biflow::cuda::decode_machine()) : given_plan(plan);
   const int64_t words = biflow::cuda::decode_buffers(p, how).words;
   Tensor memory = workspace.has_value() ? *workspace : torch::stable::new_empty(z, {words});
   biflow::check_tensor("decode_block", "workspace", memory, {memory.numel()}, &z);
@@ -129,7 +127,7 @@ std::vector<int64_t> decode_block_buffers(int64_t batch, bool guided, int64_t pr
     on = biflow::cuda::decode_machine();
   else
     on = {static_cast<int>(machine[0]), static_cast<size_t>(machine[1]), machine[2] != 0};
-  const DecodePlan how = make_plan(p, plan, on);
+  const DecodePlan how = plan.empty() ? biflow::cuda::decode_plan(p, on) : given_plan(plan);
   const biflow::cuda::DecodeBuffers at = biflow::cuda::decode_buffers(p, how);
   return {how.persistent,
           how.row_tiles,

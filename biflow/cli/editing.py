@@ -270,7 +270,7 @@ def _options(
     exact = {"solver": solver, "window": window, "tol": tol}
     exact = {name: value for name, value in exact.items() if value is not None}
     if learned is not None and learned.config.learned_denoising and no_denoise:
-        raise ValueError("--no-denoise: expected with the exact inverse, or one without learned denoising")
+        raise ValueError("--no-denoise: expected with an inverse that does not denoise by itself, got one that does")
     if learned is not None and exact:
         name, value = next(iter(exact.items()))
         raise ValueError(f"--{name}: expected without --inverse; a learned inverse has one pass; got {value!r}")

@@ -48,6 +48,11 @@ def prepare(out: Path, config: dict, resume: bool) -> None:
     (out / "checkpoints").mkdir(exist_ok=True)
 
 
+def train_seconds(out: Path) -> float:
+    """Seconds that the finished run in a folder trained, over all its sittings."""
+    return round(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["seconds"], 1)
+
+
 def with_defaults(found: dict) -> dict:
     """The configuration of a run, `stage` and all, with the defaults of fields that are newer than the run."""
     cls = {"flow": FlowTraining, "inverse": InverseTraining}.get(found.get("stage"))
