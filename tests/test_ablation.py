@@ -8,6 +8,7 @@ import tiny_training
 import yaml
 
 from biflow import ablation, cli
+from biflow.ablation import runner
 from biflow.config import to_mapping
 
 EVALUATION = dict(samples=60, guidances=[0.0, 1.0], judge_steps=20, batch_size=60, noise_draws=1)
@@ -35,15 +36,15 @@ def rows(study):
 
 def test_rows_share_flows_and_seeds_make_a_spread(study, monkeypatch):
     trained = []
-    train = ablation.train_flow
-    monkeypatch.setattr(ablation, "train_flow", lambda c, out, **k: trained.append(out) or train(c, out, **k))
+    train = runner.train_flow
+    monkeypatch.setattr(runner, "train_flow", lambda c, out, **k: trained.append(out) or train(c, out, **k))
     out = study / "out"
     results = ablation.run_ablation(rows(study), out, seeds=(0, 1), progress=False)
     assert [[r["seed"] for r in results[name]] for name in ("exact", "learned")] == [[0, 1], [0, 1]]
     assert len(set(trained)) == 2, "one a seed"
     assert results["exact"][0]["held_out_bits_per_dim"] != results["exact"][1]["held_out_bits_per_dim"]
-    assert results["exact"][0]["passes"] == 2 * 3
-    assert results["learned"][0]["passes"] == 1
+    assert {s["passes"] for s in results["exact"][0]["samples"]} == {2 * 3}
+    assert {s["passes"] for s in results["learned"][0]["samples"]} == {1}
     text = (out / "table.md").read_text()
     assert text == ablation.table(results)
     assert (out / "table.png").stat().st_size > 1000
@@ -55,7 +56,7 @@ def test_rows_share_flows_and_seeds_make_a_spread(study, monkeypatch):
 def test_what_is_finished_is_kept(study, monkeypatch):
     out = study / "out"
     want = ablation.run_ablation(rows(study), out, seeds=(0,), progress=False)
-    monkeypatch.setattr(ablation, "_evaluate", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(runner, "_evaluate", lambda *a: pytest.fail("computed again"))
     moved = study / "moved.npz"
     (study / "images.npz").rename(moved)  # where the data lies does not matter
     got = ablation.run_ablation(rows(study), out, seeds=(0,), settings=[f"data.source={moved}"], progress=False)
@@ -104,7 +105,7 @@ def test_the_rows_of_the_repository_can_be_read():
     stages = [ablation.read_row(file).training(7, []) for file in files]
     assert sum(inverse is None for _, inverse in stages) == 1, "the exact inverse"
     assert {flow.run.seed for flow, _ in stages} == {7}
-    digests = [ablation._digest(flow) for flow, _ in stages]
+    digests = [runner._digest(flow) for flow, _ in stages]
     assert len(set(digests)) == 2, "all rows but the one without clip share a flow"
 
 
@@ -115,3 +116,94 @@ def test_bad_calls(study, capsys):
         ablation.run_ablation([study / "exact.yaml"], study / "out", seeds=(1, 1))
     assert cli.main(["ablate", str(study / "exact.yaml"), "--out", str(study / "out"), "--seeds", "a"]) == 2
     assert "--seeds: expected integers separated by commas, got 'a'" in capsys.readouterr().err
+
+
+# --- orderings --------------------------------------------------------------------------------------------------------
+
+
+def result(seed, **frechet_at):
+    """A result with the given Frechet distances; g10 is that of guidance 1.0."""
+    return {
+        "seed": seed,
+        "title": "t",
+        "samples": [{"guidance": int(k[1:]) / 10, "frechet": v} for k, v in frechet_at.items()],
+    }
+
+
+@pytest.mark.parametrize(
+    ("worse", "verdict"),
+    [
+        ([5.0, 7.0, 9.0], "holds"),  # differences 4, 4, 4
+        ([1.5, 2.0, 7.0], "within noise"),  # 0.5, -1, 2: mean 0.5, twice the standard error 1.73
+        ([0.0, 1.0, 3.0], "does not hold"),  # -1, -2, -2
+        ([5.0], "one seed"),
+    ],
+)
+def test_an_ordering_is_judged_seed_by_seed(worse, verdict):
+    results = {
+        "a": [result(s, g0=v) for s, v in enumerate([1.0, 3.0, 5.0])],
+        "b": [result(s, g0=v) for s, v in enumerate(worse)],
+    }
+    found = ablation.compare(ablation.Ordering(better="a", worse="b", source="s", guidance=0.0), results)
+    assert found.verdict == verdict
+    assert found.seeds == len(worse)
+    want = [w - b for b, w in zip([1.0, 3.0, 5.0], worse, strict=False)]
+    assert found.difference == pytest.approx(sum(want) / len(want))
+    if len(want) > 1:
+        mean = sum(want) / len(want)
+        variance = sum((d - mean) ** 2 for d in want) / (len(want) - 1)
+        assert found.noise == pytest.approx(2 * (variance / len(want)) ** 0.5)
+
+
+def test_an_ordering_without_guidance_takes_each_rows_best():
+    results = {"a": [result(0, g0=4.0, g10=2.0)], "b": [result(0, g0=3.0, g10=9.0)]}
+    best = ablation.compare(ablation.Ordering(better="a", worse="b", source="s"), results)
+    assert (best.better, best.worse, best.difference) == (2.0, 3.0, 1.0)
+    fixed = ablation.compare(ablation.Ordering(better="a", worse="b", source="s", guidance=0.0), results)
+    assert fixed.difference == -1.0
+
+
+def test_an_ordering_that_results_lack_is_left_out():
+    results = {"a": [result(0, g0=4.0)], "b": [result(1, g0=3.0)]}
+    orderings = [
+        ablation.Ordering(better="a", worse="b", source="no common seed", guidance=0.0),
+        ablation.Ordering(better="a", worse="c", source="no such row", guidance=0.0),
+        ablation.Ordering(better="a", worse="b", source="no such guidance", guidance=2.0),
+    ]
+    assert [ablation.compare(o, results) for o in orderings] == [None] * 3
+    assert "no such row" not in ablation.orderings_table(results, orderings)
+
+
+def test_the_table_has_the_orderings(study, capsys):
+    file = study / "orderings.yaml"
+    file.write_text("first: {better: learned, worse: exact, source: a paper, guidance: 1.0}\n")
+    line = ["ablate", *map(str, rows(study)), "--out", str(study / "out"), "--seeds", "0", "--quiet"]
+    assert cli.main([*line, "--orderings", str(file)]) == 0
+    assert "| learned | exact | 1 |" in capsys.readouterr().out
+    assert "| one seed | a paper |" in (study / "out" / "table.md").read_text()
+    file.write_text("first: {better: learned, worse: learned, source: a paper}\n")
+    assert cli.main([*line, "--orderings", str(file)]) == 2
+    assert "expected two rows, got 'learned' twice" in capsys.readouterr().err
+
+
+def test_the_orderings_of_the_repository_name_its_rows():
+    folder = Path(__file__).parents[1] / "configs" / "ablations"
+    orderings = ablation.read_orderings(folder / "base" / "orderings.yaml")
+    assert len(orderings) >= 9
+    for ordering in orderings:
+        for name in (ordering.better, ordering.worse):
+            row = ablation.read_row(folder / f"{name}.yaml")
+            assert ordering.guidance is None or ordering.guidance in row.evaluation.guidances
+
+
+def test_rows_that_differ_in_evaluation_share_the_inverse(study, monkeypatch):
+    noisy = yaml.safe_load((study / "learned.yaml").read_text())
+    noisy["evaluation"] = EVALUATION | {"guidances": [0.0]}
+    (study / "other.yaml").write_text(yaml.safe_dump(noisy))
+    trained, train = [], runner.train_inverse
+    monkeypatch.setattr(runner, "train_inverse", lambda c, f, out, **k: trained.append(out) or train(c, f, out, **k))
+    files = [study / "learned.yaml", study / "other.yaml"]
+    results = ablation.run_ablation(files, study / "out", seeds=(0,), progress=False)
+    assert len(trained) == 2
+    assert len(set(trained)) == 1
+    assert results["learned"][0]["samples"][0] == results["other"][0]["samples"][0]

@@ -77,6 +77,50 @@ def test_frechet_refuses(a, b, error, message):
         evaluate.frechet_distance(a, b)
 
 
+# --- precision and recall -------------------------------------------------------------------------------------------
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    """By hand, k = 1: real points 0, 1, 3 reach 1, 1, 2; samples 0.5, 4.9, 9, 9.5 reach 4.4, 4.1, 0.5, 0.5."""
+    real = torch.tensor([[0.0], [1.0], [3.0]])
+    samples = torch.tensor([[0.5], [4.9], [9.0], [9.5]])
+    precision, recall = evaluate.precision_recall(real, samples, k=1)
+    assert precision == 2 / 4  # 0.5 and 4.9
+    assert recall == 1.0
+    assert evaluate.precision_recall(samples, real, k=1) == (recall, precision)
+
+
+def test_precision_and_recall_tell_one_mode_from_noise():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(1200, 4, generator=generator)  # more than are held at once
+    again = torch.randn(1200, 4, generator=generator)
+    precision, recall = evaluate.precision_recall(real, again)
+    assert precision > 0.8
+    assert recall > 0.8
+    precision, recall = evaluate.precision_recall(real, 0.2 * again)  # collapsed
+    assert precision > 0.9
+    assert recall < 0.1
+    precision, recall = evaluate.precision_recall(real, 5 * again)  # scattered
+    assert precision < 0.2
+    assert recall > 0.8
+
+
+@pytest.mark.parametrize(
+    ("real", "samples", "k", "error", "message"),
+    [
+        (torch.ones(9, 2, dtype=torch.int64), torch.ones(9, 2), 3, TypeError, "real: expected a floating-point"),
+        (torch.ones(9, 2), torch.ones(9), 3, ValueError, r"samples: expected features \(N, F\)"),
+        (torch.ones(9, 2), torch.ones(9, 3), 3, ValueError, "samples: expected 2 features as in real, got 3"),
+        (torch.ones(9, 2), torch.ones(3, 2), 3, ValueError, "samples: expected more than k = 3 rows, got 3"),
+        (torch.ones(9, 2), torch.ones(9, 2), 0, ValueError, "k: expected an int of at least 1, got 0"),
+        (torch.full((9, 2), math.nan), torch.ones(9, 2), 3, ValueError, "real: expected finite features"),
+    ],
+)
+def test_bad_features_for_precision_and_recall(real, samples, k, error, message):
+    with pytest.raises(error, match=message):
+        evaluate.precision_recall(real, samples, k=k)
+
+
 # --- the eager baseline ---------------------------------------------------------------------------------------------
 
 
@@ -128,6 +172,8 @@ def test_real_images_pass_for_real_and_noise_does_not(real):
     rubbish = evaluate.describe_samples(torch.randn_like(real.val_x), real.val_y, real, 0.0)
     assert truth["class_agreement"] == real.judge.held_out_accuracy > rubbish["class_agreement"] + 0.4
     assert truth["frechet"] < 0.5 * rubbish["frechet"]
+    assert truth["precision"] > max(0.5, rubbish["precision"])
+    assert truth["recall"] > max(0.5, rubbish["recall"])
     assert abs(truth["unclamped_std_difference"]) < 0.1 < rubbish["unclamped_std_difference"]
 
 

@@ -82,6 +82,9 @@ def ablate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of both stages of all rows.")
     ] = None,
+    orderings: Annotated[
+        str | None, typer.Option("--orderings", metavar="FILE.yaml", help="Orderings of rows that the table checks.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train and compare variants: a table over rows and seeds.
@@ -90,14 +93,15 @@ def ablate(
     in --out/results, one JSON a row and seed, and are not computed again; the table is --out/table.md, the plot
     table.png. Start it again to go on after an interruption.
     """
-    from biflow.ablation import run_ablation
+    from biflow.ablation import read_orderings, run_ablation
 
     try:
         numbers = [int(part) for part in seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds: expected integers separated by commas, got {seeds!r}") from None
     changes = [*(settings or ()), *([] if data is None else [f"data.source={json.dumps(data)}"])]
-    run_ablation(rows, out, seeds=numbers, settings=changes, progress=not quiet)
+    claims = read_orderings(orderings) if orderings else ()
+    run_ablation(rows, out, seeds=numbers, settings=changes, orderings=claims, progress=not quiet)
     typer.echo(Path(out, "table.md").read_text() + f"{out}/table.md")
 
 
@@ -126,7 +130,8 @@ COMMANDS = (
         "ablate",
         ablate,
         examples(
-            "biflow ablate configs/ablations/*.yaml --data fashion_mnist.npz --out runs/ablations",
+            "biflow ablate configs/ablations/*.yaml --data fashion_mnist.npz --orderings "
+            "configs/ablations/base/orderings.yaml --out runs/ablations",
             "biflow ablate naive.yaml alignment.yaml --seeds 0,1 --set optim.steps=500 --out runs/short",
         ),
     ),

@@ -18,6 +18,7 @@ from biflow.evaluate.metrics import (
     noise,
     score_step,
 )
+from biflow.evaluate.precision_recall import precision_recall
 from biflow.evaluate.timing import time_decoders
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate_inverse",
     "frechet_distance",
     "noise",
+    "precision_recall",
     "score_step",
     "time_decoders",
     "train_judge",

@@ -6,6 +6,7 @@ Models may be on any device; data, noise and samples are on the CPU, and so is t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from biflow.config import check_fields, check_number
 from biflow.data import ImageData, in_range
 from biflow.evaluate.classifier import FEATURES, Judge, train_judge
 from biflow.evaluate.frechet import frechet_distance
+from biflow.evaluate.precision_recall import precision_recall
 from biflow.models import BiFlow, TarFlow
 
 
@@ -81,6 +83,11 @@ class RealData:
             )
         return cls(train_x, train_y, val_x, val_y, data.num_classes, data.bin_width, judge)
 
+    @cached_property
+    def train_features(self) -> Tensor:
+        """The classifier's features of the training images (N, F); for data with labels."""
+        return self.judge.features(self.train_x)
+
     def dequantised(self, generator: torch.Generator) -> Tensor:
         """val_x + bin_width U(-1/2, 1/2); data without bins as it is."""
         if self.bin_width is None:
@@ -91,9 +98,10 @@ class RealData:
 def describe_data(real: RealData) -> dict:
     """The real data and its classifier: what the samples' numbers are read against.
 
-    frechet_held_out: Frechet distance between the real held-out and the real training images, the level that finite
-    numbers of real images reach (None: too few, or no labels).
+    frechet_held_out, precision_held_out, recall_held_out: of the real held-out images in the samples' place, the level
+        that so many real images reach (None: too few, or no labels). All three depend on the number of images.
     """
+    held_out = _feature_metrics(real, real.val_x)
     return {
         "train_images": len(real.train_x),
         "held_out_images": len(real.val_x),
@@ -102,7 +110,7 @@ def describe_data(real: RealData) -> dict:
         "pixel_mean": _mean(real.train_x),
         "pixel_std": _std(real.train_x),
         "classifier_held_out_accuracy": real.judge.held_out_accuracy if real.judge else None,
-        "frechet_held_out": _frechet(real, real.val_x),
+        **{f"{name}_held_out": value for name, value in held_out.items()},
     }
 
 
@@ -202,6 +210,7 @@ def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance:
 
     non_finite: samples with NaN or infinite pixels; they agree with no class, the other numbers leave them out.
     frechet: `frechet_distance` between the classifier's features of samples and of real training images.
+    precision, recall: `precision_recall` in these features, of as many real training images as there are samples.
     class_agreement: share of samples that the classifier recognises as the class they were drawn for.
     pixel_mean_difference, pixel_std_difference: mean / real mean - 1 and std / real std - 1, over all pixels of all
         images. The first is large for data whose mean is near the middle gray, 0.
@@ -220,7 +229,7 @@ def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance:
         "count": count,
         "non_finite": count - len(images),
         "class_agreement": agreement,
-        "frechet": _frechet(real, images),
+        **_feature_metrics(real, images),
         "pixel_mean": mean,
         "pixel_mean_difference": _relative(mean, _mean(real.train_x)),
         "pixel_std": std,
@@ -334,10 +343,13 @@ def _parts(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _frechet(real: RealData, images: Tensor) -> float | None:
+def _feature_metrics(real: RealData, images: Tensor) -> dict[str, float | None]:
+    names = ("frechet", "precision", "recall")
     if real.judge is None or min(len(images), len(real.train_x)) <= FEATURES:
-        return None
-    return frechet_distance(real.judge.features(images), real.judge.features(real.train_x))
+        return dict.fromkeys(names)
+    features, train = real.judge.features(images), real.train_features
+    as_many = train[_spread(len(train), len(features))]
+    return dict(zip(names, (frechet_distance(features, train), *precision_recall(as_many, features)), strict=True))
 
 
 def number(value: Tensor) -> float | None:

@@ -1,9 +1,9 @@
-"""Ablations: rows of a table, each a flow and maybe a learned inverse, trained from several seeds and compared."""
+"""Rows of an ablation: read, trained from several seeds, evaluated, kept."""
 
+import functools
 import hashlib
 import json
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ from typing import Any
 import biflow
 from biflow import data as datasets
 from biflow import evaluate, presets
+from biflow.ablation.orderings import Ordering
+from biflow.ablation.table import write_tables
 from biflow.checkpoint import replacing
 from biflow.config import check_fields, completed, from_mapping, to_mapping
-from biflow.evaluate import EvaluationConfig
+from biflow.data import DataConfig
+from biflow.evaluate import EvaluationConfig, RealData
 from biflow.models import BiFlow, TarFlow
 from biflow.report import environment
 from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse
@@ -69,12 +72,13 @@ def run_ablation(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     settings: Sequence[str] = (),
+    orderings: Sequence[Ordering] = (),
     progress: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
     """Train and evaluate every row from every seed, and write a table and a plot.
 
-    What is finished is skipped, what was interrupted goes on: call it again. Rows whose flows have the same
-    configuration share them.
+    What is finished is skipped, what was interrupted goes on: call it again. Rows whose flows, or flows and inverses,
+    have the same configuration share them.
 
     Args:
         rows: YAML files (`AblationRow`); their names name the results.
@@ -82,6 +86,7 @@ def run_ablation(
             inverses/: the runs; table.md, table.png.
         seeds: of training; the evaluation has its own. A row's mean and spread are over them.
         settings: `key=value` for both stages of all rows, such as data.source=fashion_mnist.npz.
+        orderings: of rows, which table.md compares as far as there are results.
         progress: show progress bars.
 
     Returns:
@@ -99,14 +104,27 @@ def run_ablation(
     out = Path(out)
     (out / "results").mkdir(parents=True, exist_ok=True)
     results = {name: [] for name in named}
+
+    @functools.lru_cache(maxsize=2)  # rows have the same data and mostly the same evaluation
+    def real_data(data: DataConfig, evaluation: EvaluationConfig) -> RealData:
+        return RealData.of(datasets.load(data), evaluation)
+
     for seed in seeds:  # all rows of a seed first: a table that is cut short compares all of them
         for name, row in named.items():
-            results[name].append(_result(name, row, seed, settings, out, progress))
-            write_tables({n: r for n, r in results.items() if r}, out)
+            results[name].append(_result(name, row, seed, settings, out, real_data, progress))
+            write_tables({n: r for n, r in results.items() if r}, orderings, out)
     return results
 
 
-def _result(name: str, row: AblationRow, seed: int, settings: Sequence[str], out: Path, progress: bool) -> dict:
+def _result(
+    name: str,
+    row: AblationRow,
+    seed: int,
+    settings: Sequence[str],
+    out: Path,
+    real_data: Callable[[DataConfig, EvaluationConfig], RealData],
+    progress: bool,
+) -> dict:
     flow_config, inverse_config = row.training(seed, settings)
     configuration = {
         "flow": to_mapping(flow_config),
@@ -118,16 +136,17 @@ def _result(name: str, row: AblationRow, seed: int, settings: Sequence[str], out
         found = json.loads(file.read_text())
         check_same(_with_defaults(found["configuration"]), _without_place(configuration), str(file))
         return found
-    flow_run, inverse_run = out / "flows" / _digest(flow_config), out / "inverses" / f"{name}-{seed}"
+    flow_run, inverse_run = out / "flows" / _digest(flow_config), None
     flow = train_flow(flow_config, flow_run, resume=True, progress=progress)
     rev = None
     if inverse_config is not None:
+        inverse_run = out / "inverses" / _digest(flow_config, inverse_config)
         rev = train_inverse(inverse_config, flow, inverse_run, resume=True, progress=progress)
     result = {
         "row": name,
         "title": row.title,
         "seed": seed,
-        **_evaluate(flow, rev, flow_config, row.evaluation),
+        **_evaluate(flow, rev, real_data(flow_config.data, row.evaluation), row.evaluation),
         "train_seconds": {
             "flow": train_seconds(flow_run),
             "inverse": None if rev is None else train_seconds(inverse_run),
@@ -140,15 +159,21 @@ def _result(name: str, row: AblationRow, seed: int, settings: Sequence[str], out
     return result
 
 
-def _evaluate(flow: TarFlow, rev: BiFlow | None, config: FlowTraining, evaluation: EvaluationConfig) -> dict:
-    real = evaluate.RealData.of(datasets.load(config.data), evaluation)
+def _evaluate(flow: TarFlow, rev: BiFlow | None, real: RealData, evaluation: EvaluationConfig) -> dict:
     if rev is None:
         found = evaluate.evaluate_flow(flow, real, evaluation)
-        passes = flow.config.num_blocks * flow.blocks[0].sequential_passes
     else:
         found = evaluate.evaluate_inverse(rev, flow, real, evaluation)
-        passes = 1
-    return {"data": evaluate.describe_data(real), "passes": passes, **found}
+    for samples in found["samples"]:
+        samples["passes"] = _passes(flow, rev, samples["guidance"])
+    return {"data": evaluate.describe_data(real), **found}
+
+
+def _passes(flow: TarFlow, rev: BiFlow | None, guidance: float) -> int:
+    """Passes through a network, one after the other, from z to x; an exact step of one token counts as one."""
+    if rev is None:
+        return flow.config.num_blocks * flow.blocks[0].sequential_passes
+    return 2 if guidance > 0 and not rev.config.max_guidance else 1
 
 
 def _without_place(configuration: dict) -> dict:
@@ -166,78 +191,6 @@ def _with_defaults(configuration: dict) -> dict:
     return _without_place({k: v and completed(classes[k], v) for k, v in configuration.items()})
 
 
-def _digest(config: FlowTraining) -> str:
-    named = _without_place({"flow": to_mapping(config)})
+def _digest(flow: FlowTraining, inverse: InverseTraining | None = None) -> str:
+    named = _without_place({k: to_mapping(c) for k, c in (("flow", flow), ("inverse", inverse)) if c is not None})
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def write_tables(results: dict[str, list[dict]], out: Path) -> None:
-    """out/table.md and (this needs Matplotlib) out/table.png: the Frechet distance of every row by guidance."""
-    with replacing(out / "table.md") as temporary:
-        temporary.write_text(table(results))
-    _plot(results, out / "table.png")
-
-
-def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: a line a row, at the guidance of its lowest mean Frechet distance; mean and spread (std) over seeds."""
-    lines = [
-        "| | seeds | guidance | Frechet distance | class agreement | at guidance 0: Frechet distance | class agreement "
-        "| reconstruction MSE | bits per dim |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for found in results.values():
-        by_guidance = _by_guidance(found)
-        best = min(by_guidance, key=lambda g: _mean([s["frechet"] for s in by_guidance[g]]))
-        cells = [found[0]["title"], str(len(found)), f"{best:g}"]
-        for guidance in (best, 0.0):
-            samples = by_guidance.get(guidance)
-            cells += [_cell([s[key] for s in samples]) if samples else "" for key in ("frechet", "class_agreement")]
-        cells += [_cell([r.get(key) for r in found]) for key in ("reconstruction_mse", "held_out_bits_per_dim")]
-        lines.append(f"| {' | '.join(cells)} |")
-    floor = [r["data"]["frechet_held_out"] for found in results.values() for r in found]
-    lines += [
-        "",
-        f"Real held-out images: Frechet distance {_cell(floor)}. A cell: mean over seeds ± standard deviation.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _by_guidance(results: list[dict]) -> dict[float, list[dict]]:
-    found: dict[float, list[dict]] = {}
-    for result in results:
-        for samples in result["samples"]:
-            found.setdefault(samples["guidance"], []).append(samples)
-    return found
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [v for v in values if v is not None]
-    return statistics.fmean(known) if known else float("inf")
-
-
-def _cell(values: Sequence[float | None]) -> str:
-    known = [v for v in values if v is not None]
-    if not known:
-        return ""
-    spread = f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.4g}{spread}"
-
-
-def _plot(results: dict[str, list[dict]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for found in results.values():
-        by_guidance = {g: [s["frechet"] for s in samples] for g, samples in sorted(_by_guidance(found).items())}
-        by_guidance = {g: known for g, v in by_guidance.items() if (known := [x for x in v if x is not None])}
-        means = [statistics.fmean(v) for v in by_guidance.values()]
-        spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in by_guidance.values()]
-        axes.errorbar(list(by_guidance), means, yerr=spreads, marker="o", capsize=3, label=found[0]["title"])
-    axes.set(xlabel="guidance", ylabel="Frechet distance, lower is better")
-    axes.legend(fontsize="small")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

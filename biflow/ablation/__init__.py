@@ -1,0 +1,16 @@
+"""Ablations: rows of a table, each a flow and maybe a learned inverse, trained from several seeds and compared."""
+
+from biflow.ablation.orderings import Ordering, compare, read_orderings
+from biflow.ablation.runner import AblationRow, read_row, run_ablation
+from biflow.ablation.table import orderings_table, table
+
+__all__ = [
+    "AblationRow",
+    "Ordering",
+    "compare",
+    "orderings_table",
+    "read_orderings",
+    "read_row",
+    "run_ablation",
+    "table",
+]

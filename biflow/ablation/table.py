@@ -1,0 +1,97 @@
+"""Results as a Markdown table and a plot."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from biflow.ablation.orderings import Ordering, compare
+from biflow.ablation.results import at_guidance, best_guidance, by_guidance
+from biflow.checkpoint import replacing
+
+
+def write_tables(results: dict[str, list[dict]], orderings: Sequence[Ordering], out: Path) -> None:
+    """out/table.md and (this needs Matplotlib) out/table.png: the Frechet distance of every row by guidance."""
+    text = table(results) + (f"\n{orderings_table(results, orderings)}" if orderings else "")
+    with replacing(out / "table.md") as temporary:
+        temporary.write_text(text)
+    _plot(results, out / "table.png")
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Markdown: a line a row, without guidance and at that of its lowest mean Frechet distance.
+
+    Mean and standard deviation over seeds.
+    """
+    shown = ("frechet", "precision", "recall", "class_agreement")
+    names = "Frechet distance | precision | recall | class agreement"
+    lines = [
+        f"| | seeds | at guidance 0: {names} | best guidance | passes | {names} | reconstruction MSE | bits per dim |",
+        "|---" * 14 + "|",
+    ]
+    for found in results.values():
+        best = best_guidance(found)
+        cells = [found[0]["title"], str(len(found))]
+        for guidance in (0.0, best):
+            samples = list(at_guidance(found, guidance).values())
+            if guidance is best:
+                cells += [f"{best:g}", str(samples[0]["passes"])]
+            cells += [_cell([s[key] for s in samples]) for key in shown]
+        cells += [_cell([r.get(key) for r in found]) for key in ("reconstruction_mse", "held_out_bits_per_dim")]
+        lines.append(f"| {' | '.join(cells)} |")
+    floors = [[r["data"][f"{key}_held_out"] for found in results.values() for r in found] for key in shown[:3]]
+    lines += [
+        "",
+        f"Real held-out images: Frechet distance {_cell(floors[0])}, precision {_cell(floors[1])}, recall "
+        f"{_cell(floors[2])}. A cell: mean over seeds ± standard deviation. Passes: through a network, one after the "
+        "other; an exact step of one token is one.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def orderings_table(results: dict[str, list[dict]], orderings: Sequence[Ordering]) -> str:
+    """Markdown: a line for each of the orderings that there are results for."""
+    lines = [
+        "| lower Frechet distance expected | than | guidance | mean | mean | difference | noise | seeds | verdict "
+        "| source |",
+        "|---" * 10 + "|",
+    ]
+    for ordering in orderings:
+        found = compare(ordering, results)
+        if found is None:
+            continue
+        cells = [results[name][0]["title"] for name in (ordering.better, ordering.worse)]
+        cells.append("each row's best" if ordering.guidance is None else f"{ordering.guidance:g}")
+        cells += [f"{value:.4g}" for value in (found.better, found.worse, found.difference)]
+        cells += ["" if found.noise is None else f"{found.noise:.2g}", str(found.seeds), found.verdict, ordering.source]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Difference: mean over seeds of each seed's own difference. Noise: twice its standard error. Holds: the "
+        "difference is larger; does not hold: it is below minus the noise.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    if not known:
+        return ""
+    spread = f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.4g}{spread}"
+
+
+def _plot(results: dict[str, list[dict]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for found in results.values():
+        values = {g: [s["frechet"] for s in samples] for g, samples in sorted(by_guidance(found).items())}
+        values = {g: known for g, v in values.items() if (known := [x for x in v if x is not None])}
+        means = [statistics.fmean(v) for v in values.values()]
+        spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values.values()]
+        axes.errorbar(list(values), means, yerr=spreads, marker="o", capsize=3, label=found[0]["title"])
+    axes.set(xlabel="guidance", ylabel="Frechet distance, lower is better")
+    axes.legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
