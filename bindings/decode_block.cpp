@@ -13,18 +13,24 @@ using biflow::Tensor;
 
 constexpr int64_t kRows = 64;  // go through the layers together: their activations stay in the L2 cache
 
-Tensor pack_block(std::vector<Tensor> weights, int64_t tokens, int64_t channels, int64_t width, int64_t layers,
-                  int64_t head_dim, int64_t mlp_hidden, std::string norm, std::string gate, bool qk_norm, bool rope,
-                  bool pos_embed, bool start_token, bool shift_only, std::string precision) {
+int64_t packed_block_size(std::vector<Tensor>, int64_t tokens, int64_t channels, int64_t width, int64_t layers,
+                          int64_t head_dim, int64_t mlp_hidden, std::string norm, std::string gate, bool qk_norm,
+                          bool rope, bool pos_embed, bool start_token, bool shift_only, std::string precision) {
   const BlockShape s = biflow::make_shape(tokens, channels, width, layers, head_dim, mlp_hidden, norm, gate, qk_norm,
                                           rope, pos_embed, start_token, shift_only, precision);
-  STD_TORCH_CHECK(weights.empty() || weights[0].device().is_cpu(), "pack_block: tensor 0 must be on the CPU");
-  biflow::checked_sources(weights, s, biflow::Target::cpu);
+  return biflow::packed_block(s, biflow::Target::cpu).size;
+}
+
+void pack_block_(std::vector<Tensor> weights, Tensor packed, int64_t tokens, int64_t channels, int64_t width,
+                 int64_t layers, int64_t head_dim, int64_t mlp_hidden, std::string norm, std::string gate, bool qk_norm,
+                 bool rope, bool pos_embed, bool start_token, bool shift_only, std::string precision) {
+  const BlockShape s = biflow::make_shape(tokens, channels, width, layers, head_dim, mlp_hidden, norm, gate, qk_norm,
+                                          rope, pos_embed, start_token, shift_only, precision);
+  STD_TORCH_CHECK(packed.device().is_cpu(), "pack_block: packed must be on the CPU");
+  biflow::checked_sources(weights, packed, s, biflow::Target::cpu);
   std::vector<const float*> source;
   for (const Tensor& w : weights) source.push_back(w.const_data_ptr<float>());
-  Tensor packed = torch::stable::new_empty(weights[0], {biflow::packed_block(s).size});
   biflow::pack_block(s, source.data(), packed.mutable_data_ptr<float>());
-  return packed;
 }
 
 void decode_block_(Tensor z, Tensor packed, OptionalTensor added, OptionalTensor prefix, OptionalTensor null_added,
@@ -59,7 +65,8 @@ Tensor decode_block(Tensor z, Tensor packed, OptionalTensor added, OptionalTenso
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(biflow, CPU, m) {
-  m.impl("pack_block", TORCH_BOX(&pack_block));
+  m.impl("packed_block_size", TORCH_BOX(&packed_block_size));
+  m.impl("pack_block_", TORCH_BOX(&pack_block_));
   m.impl("decode_block", TORCH_BOX(&decode_block));
   m.impl("decode_block_", TORCH_BOX(&decode_block_));
 }

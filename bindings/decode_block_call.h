@@ -9,16 +9,17 @@
 
 namespace biflow {
 
-// Where each of a block's tensors goes; they are float32, contiguous, of the right size, all on one device.
-inline std::vector<PackedSource> checked_sources(const std::vector<Tensor>& weights, const BlockShape& s,
-                                                 Target target) {
+// Where each of a block's tensors goes; they are float32, contiguous, of the right size, all on the device of packed.
+inline std::vector<PackedSource> checked_sources(const std::vector<Tensor>& weights, const Tensor& packed,
+                                                 const BlockShape& s, Target target) {
+  check_tensor("pack_block", "packed", packed, {packed_block(s, target).size}, &packed);
   std::vector<PackedSource> to = packed_sources(s, target);
   STD_TORCH_CHECK(weights.size() == to.size(), "pack_block: expected ", to.size(), " tensors, got ", weights.size());
   for (size_t i = 0; i < to.size(); ++i) {
     const Tensor& w = weights[i];
-    STD_TORCH_CHECK(w.scalar_type() == torch::headeronly::ScalarType::Float && w.is_contiguous() &&
-                        w.device() == weights[0].device(),
-                    "pack_block: tensor ", i, " must be float32, contiguous, on the device of the first");
+    STD_TORCH_CHECK(
+        w.scalar_type() == torch::headeronly::ScalarType::Float && w.is_contiguous() && w.device() == packed.device(),
+        "pack_block: tensor ", i, " must be float32, contiguous, on the device of packed");
     STD_TORCH_CHECK(w.numel() == to[i].rows * to[i].columns, "pack_block: tensor ", i, " must have ",
                     to[i].rows * to[i].columns, " elements, got ", w.numel());
   }

@@ -17,20 +17,26 @@ using biflow::cuda::DecodePlan;
 
 constexpr int64_t kMaxSize = int64_t{1} << 20;  // of batches and sequences
 
-Tensor pack_block(std::vector<Tensor> weights, int64_t tokens, int64_t channels, int64_t width, int64_t layers,
-                  int64_t head_dim, int64_t mlp_hidden, std::string norm, std::string gate, bool qk_norm, bool rope,
-                  bool pos_embed, bool start_token, bool shift_only, std::string precision) {
+int64_t packed_block_size(std::vector<Tensor>, int64_t tokens, int64_t channels, int64_t width, int64_t layers,
+                          int64_t head_dim, int64_t mlp_hidden, std::string norm, std::string gate, bool qk_norm,
+                          bool rope, bool pos_embed, bool start_token, bool shift_only, std::string precision) {
   const biflow::BlockShape s = biflow::make_shape(tokens, channels, width, layers, head_dim, mlp_hidden, norm, gate,
                                                   qk_norm, rope, pos_embed, start_token, shift_only, precision);
-  const std::vector<biflow::PackedSource> to = biflow::checked_sources(weights, s, biflow::Target::cuda);
-  Tensor packed = torch::stable::new_zeros(weights[0], {biflow::packed_block(s, biflow::Target::cuda).size});
-  const Launch launch(weights[0]);
+  return biflow::packed_block(s, biflow::Target::cuda).size;
+}
+
+void pack_block_(std::vector<Tensor> weights, Tensor packed, int64_t tokens, int64_t channels, int64_t width,
+                 int64_t layers, int64_t head_dim, int64_t mlp_hidden, std::string norm, std::string gate, bool qk_norm,
+                 bool rope, bool pos_embed, bool start_token, bool shift_only, std::string precision) {
+  const biflow::BlockShape s = biflow::make_shape(tokens, channels, width, layers, head_dim, mlp_hidden, norm, gate,
+                                                  qk_norm, rope, pos_embed, start_token, shift_only, precision);
+  const std::vector<biflow::PackedSource> to = biflow::checked_sources(weights, packed, s, biflow::Target::cuda);
+  const Launch launch(packed);
   float* const at = static_cast<float*>(launch.updates(packed));
   for (size_t i = 0; i < to.size(); ++i) {
     const auto* from = static_cast<const float*>(launch.reads(weights[i]));
     Launch::check("pack_block", biflow::cuda::pack_source(to[i], from, at, launch.stream()));
   }
-  return packed;
 }
 
 // From [persistent, row_tiles, blocks, splits, warps, norm_in_place].
@@ -152,7 +158,8 @@ std::vector<int64_t> decode_block_buffers(int64_t batch, bool guided, int64_t pr
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(BIFLOW_LIBRARY, BIFLOW_CUDA_KEY, m) {
-  m.impl("pack_block", TORCH_BOX(&pack_block));
+  m.impl("packed_block_size", TORCH_BOX(&packed_block_size));
+  m.impl("pack_block_", TORCH_BOX(&pack_block_));
   m.impl("decode_block", TORCH_BOX(&decode_block));
   m.impl("decode_block_", TORCH_BOX(&decode_block_));
 }

@@ -10,9 +10,13 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
 
   // one flow block: weights in the order of csrc/block.h; the exact sequential inverse
   m.def(
-      "pack_block(Tensor[] weights, *, int tokens, int channels, int width, int layers, int head_dim, int mlp_hidden, "
-      "str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, bool shift_only, str precision) "
-      "-> Tensor");
+      "packed_block_size(Tensor[] weights, *, int tokens, int channels, int width, int layers, int head_dim, "
+      "int mlp_hidden, str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, "
+      "bool shift_only, str precision) -> int");
+  m.def(
+      "pack_block_(Tensor[] weights, Tensor(a!) packed, *, int tokens, int channels, int width, int layers, "
+      "int head_dim, int mlp_hidden, str norm, str gate, bool qk_norm, bool rope, bool pos_embed, bool start_token, "
+      "bool shift_only, str precision) -> ()");
   m.def(
       "decode_block(Tensor z, Tensor packed, Tensor? added, Tensor? prefix, Tensor? null_added, Tensor? null_prefix, "
       "*, "

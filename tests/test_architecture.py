@@ -44,7 +44,14 @@ WITH_CUDA_KERNEL = {"affine", "attention", "decode_block", "jacobi_update"}
 # bound by bandwidth and simple: Triton on a GPU, torch's own functions on a CPU; neither csrc nor bindings
 KERNEL_IS_TRITON = {"gate", "norm"}
 # questions about the machine, about weights, about a size: no maths
-NOT_OPS = {"cpu_isa", "force_cpu_isa", "weights_fingerprint", "block_cache_size", "decode_block_buffers"}
+NOT_OPS = {
+    "cpu_isa",
+    "force_cpu_isa",
+    "weights_fingerprint",
+    "block_cache_size",
+    "packed_block_size",
+    "decode_block_buffers",
+}
 PUBLIC = (
     "add_norm",
     "affine_encode",

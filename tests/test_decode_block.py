@@ -305,6 +305,22 @@ def test_bad_arguments(arguments, error, message):
         decode_block(**call)
 
 
+def test_packing_checks_where_it_writes():
+    config = BlockConfig(**BASE)
+    weights = [t for name, t in random_weights(config).items() if name != "class_embed"]
+    packed = pack_block(random_weights(config), config)
+    options = dict(packed.shape_options, tokens=config.tokens, channels=config.channels)
+    size = torch.ops.biflow.packed_block_size(weights, **options)
+    assert packed.packed.shape == (size,)
+    again = torch.empty(size)
+    torch.ops.biflow.pack_block_(weights, again, **options)
+    assert torch.equal(again, packed.packed)
+    with pytest.raises(RuntimeError, match=rf"packed: expected shape \({size},\), got \({size - 1},\)"):
+        torch.ops.biflow.pack_block_(weights, again[:-1], **options)
+    with pytest.raises(RuntimeError, match="packed: expected float32, got Double"):
+        torch.ops.biflow.pack_block_(weights, again.double(), **options)
+
+
 def test_the_torch_op_checks_again():
     args, kwargs = op_arguments("tarflow")
     op = torch.ops.biflow.decode_block

@@ -164,8 +164,11 @@ def plain_weights(state_dict: dict[str, Tensor], config: BlockConfig, precision:
 def packed_weights(state_dict: dict[str, Tensor], config: BlockConfig, precision: str) -> Tensor:
     """The given tensors, without class_embed, in the layout of csrc/block.h for the device that they are on."""
     weights = [state_dict[name].detach().contiguous() for name in block_shapes(config) if name != "class_embed"]
-    options = dict(_shape_options(config), precision=precision)
-    return torch.ops.biflow.pack_block(weights, tokens=config.tokens, channels=config.channels, **options)
+    options = dict(_shape_options(config), precision=precision, tokens=config.tokens, channels=config.channels)
+    size = torch.ops.biflow.packed_block_size(weights, **options)
+    packed = weights[0].new_zeros(size)  # the memory is taken here, where too little of it has torch's own error
+    torch.ops.biflow.pack_block_(weights, packed, **options)
+    return packed
 
 
 def block_weights(
@@ -390,8 +393,8 @@ def decode_block(
     return out
 
 
-@torch.library.register_fake("biflow::pack_block")
-def _(weights, **options):
+@torch.library.register_fake("biflow::pack_block_")
+def _(weights, packed, **options):
     raise NotImplementedError("pack_block: weights are packed once, outside of compiled code")
 
 

@@ -270,6 +270,17 @@ def test_a_workspace_that_is_too_small(backend):
         call(z, workspace=torch.empty(words - 1, device=backend.device))
 
 
+def test_too_little_memory_for_packed_weights_is_torchs_error(backend, monkeypatch):
+    """What callers catch to make room, as `iterate.Workspace.allocate` does, and not a RuntimeError of the op's."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_call(backend, "tarflow", "fp32")
+
+
 # --- phase by phase ---------------------------------------------------------------------------------------------------
 
 TWINS = {

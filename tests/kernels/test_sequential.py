@@ -20,7 +20,7 @@ from biflow.solvers import Condition
 
 from .backends import emulated
 
-KERNELS = ("decode_block_", "decode_block_buffers", "pack_block")
+KERNELS = ("decode_block_", "decode_block_buffers", "packed_block_size", "pack_block_")
 
 
 class Place:
