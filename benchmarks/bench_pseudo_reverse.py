@@ -22,7 +22,7 @@ from biflow.evaluate import eager_decode_block
 from biflow.models import TarFlow
 
 from .flows import random_flow
-from .timing import main, ratio, turns
+from .timing import keep_memory, main, ratio, turns
 
 WAYS = ("sequential", "cached", "live", "sequential values", "decode values", "cached values")
 BOUND = 1e-4  # of states and of gradients, relative to the largest: fp32 sums in another order, through all blocks
@@ -60,6 +60,7 @@ class Task:
 
 def run(quick: bool = False, sides: list[int] | None = None, batches: list[int] | None = None) -> list[dict]:
     """A row a way, side and batch: ms, times as fast as sequential (with or without a gradient as it), peak memory."""
+    keep_memory()
     rows = []
     for side in sides or ([8] if quick else [32]):
         for batch in batches or ([2] if quick else [1, 4]):
