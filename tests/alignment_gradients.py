@@ -80,7 +80,7 @@ def table(setting: Setting, blocks: tuple[int, ...] = (0, 2, 3), layer: int = 0)
     for block in blocks:
         for strategy in STRATEGIES:
             add(f"block {block}, layer {layer}", strategy, setting.aligned(strategy, block, layer))
-    for context in ("cached", "live"):  # mean square: states have no projector here
+    for context in ("cached", "live"):  # the mean of x_0^3: no projector in it
         add(
             "the state x_0 itself",
             f"reverse, {context}",
