@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from biflow.calibration import calibrate
     from biflow.checkpoint import load, save
     from biflow.models import BiFlow, BiFlowConfig, TarFlow, TarFlowConfig
+    from biflow.models.pseudo_reverse import pseudo_reverse
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "interop",
     "load",
     "ops",
+    "pseudo_reverse",
     "save",
     "solvers",
 ]
@@ -33,6 +35,7 @@ _HOMES = {
     "TarFlowConfig": "biflow.models",
     "calibrate": "biflow.calibration",
     "load": "biflow.checkpoint",
+    "pseudo_reverse": "biflow.models.pseudo_reverse",
     "save": "biflow.checkpoint",
 }
 _MODULES = (

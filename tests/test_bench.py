@@ -17,8 +17,8 @@ from biflow import cli, solvers
 from biflow.cli import tools
 from biflow.models.layers import patchify
 
-NAMES = ("bench_decode", "bench_decode_block", "bench_encode", "calibrated", "flows", "limits", "timing",
-         "peers.compiled", "peers.ml_tarflow")  # fmt: skip
+NAMES = ("bench_decode", "bench_decode_block", "bench_encode", "bench_pseudo_reverse", "calibrated", "flows", "limits",
+         "timing", "peers.compiled", "peers.ml_tarflow")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -437,3 +437,30 @@ def test_calibrated_refuses(b, tmp_path):
         b.calibrated.run(configs=["XL"])
     with pytest.raises(ValueError, match="data: expected images of 3 channels for L, got 1"):
         b.calibrated.run(configs=["L"], data=write_images(tmp_path / "images.npz"))
+
+
+def test_pseudo_reverse_against_token_by_token(b, monkeypatch):
+    bench = b.bench_pseudo_reverse
+    monkeypatch.setitem(b.flows.CONFIGS, "S", b.flows.CONFIGS["S"] | {"num_blocks": 2, "layers_per_block": 1})
+    peaks = []
+
+    def peak(side, batch, way):  # of this process: a new one takes seconds to import torch
+        peaks.append(bench._grown(side, batch, way, 1))
+        return peaks[-1]
+
+    monkeypatch.setattr(bench, "_peak", peak)
+    rows = bench.run(quick=True, sides=[4], batches=[2])
+    assert [row["way"] for row in rows] == list(bench.WAYS)
+    assert {(row["op"], row["tokens"], row["batch"]) for row in rows} == {("pseudo_reverse", 4, 2)}
+    assert all(row["ms"] > 0 for row in rows)
+    assert rows[0]["x_sequential"] == rows[3]["x_sequential"] == 1
+    assert 0 < rows[2]["gradient_error"] <= bench.BOUND
+    assert min(peaks) >= 0
+    reverse = bench.Task.reverse
+    for way in ("cached", "live"):
+        monkeypatch.setattr(bench.Task, "reverse", lambda t, w, bad=way: reverse(t, w) * (1.01 if w == bad else 1))
+        with pytest.raises(RuntimeError, match=f"{way}: x_0 is .* from that of the encode"):
+            bench.run(quick=True, sides=[4], batches=[2])
+    monkeypatch.setattr(bench.Task, "reverse", lambda t, w: reverse(t, "cached" if w == "live" else w))
+    with pytest.raises(RuntimeError, match=r"live: the gradient is .* from that of the sequential reverse"):
+        bench.run(quick=True, sides=[4], batches=[2])

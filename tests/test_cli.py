@@ -409,7 +409,20 @@ def test_debug_shows_the_traceback(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "distill", "sample", "calibrate", "evaluate", "info", "demo", "bench", "inpaint", "edit", "interpolate"],
+    [
+        "train",
+        "distill",
+        "sample",
+        "calibrate",
+        "evaluate",
+        "info",
+        "classify",
+        "demo",
+        "bench",
+        "inpaint",
+        "edit",
+        "interpolate",
+    ],
 )
 def test_help_has_examples(command, capsys):
     assert cli.main([command, "--help"]) == 0

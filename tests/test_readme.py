@@ -40,6 +40,7 @@ def test_readme_has_code_and_commands():
         "sample",
         "calibrate",
         "evaluate",
+        "classify",
         "info",
         "bench",
         "inpaint",

@@ -1,5 +1,5 @@
-"""The command line: `biflow train | distill | sample | calibrate | evaluate | info | inpaint | edit | interpolate |
-demo | bench`.
+"""The command line: `biflow train | distill | sample | calibrate | evaluate | info | classify | inpaint | edit |
+interpolate | demo | bench`.
 
 Exit codes: 0 done, 1 a failure at run time, 2 wrong usage, configuration, data or checkpoint, 130 interrupted
 (SIGINT), 143 terminated (SIGTERM).
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from biflow.cli import editing, jobs, models, tools
+from biflow.cli import classification, editing, jobs, models, tools
 from biflow.cli.common import HELP_OPTIONS, Interrupted, guarded, version
 
 # what biflow raises for input that it cannot take; any other exception is a failure at run time
@@ -38,7 +38,13 @@ def options(
     """Options before a command."""
 
 
-for name, function, epilog in (*jobs.COMMANDS, *models.COMMANDS, *editing.COMMANDS, *tools.COMMANDS):
+for name, function, epilog in (
+    *jobs.COMMANDS,
+    *models.COMMANDS,
+    *classification.COMMANDS,
+    *editing.COMMANDS,
+    *tools.COMMANDS,
+):
     app.command(name, epilog=epilog, context_settings=HELP_OPTIONS)(guarded(function))
 
 

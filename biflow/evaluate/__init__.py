@@ -1,5 +1,12 @@
 """Evaluation of a flow and its learned inverse: numbers, timings, pictures."""
 
+from biflow.evaluate.classification import (
+    calibration_error,
+    describe_classification,
+    fit_temperature,
+    log_posterior,
+    negative_log_likelihood,
+)
 from biflow.evaluate.classifier import Judge, train_judge
 from biflow.evaluate.eager import eager_decode, eager_decode_block
 from biflow.evaluate.frechet import frechet_distance
@@ -25,18 +32,23 @@ __all__ = [
     "EvaluationConfig",
     "Judge",
     "RealData",
+    "calibration_error",
     "check_data",
     "check_pair",
     "decode_exact",
     "decode_learned",
     "denoising",
+    "describe_classification",
     "describe_data",
     "describe_samples",
     "eager_decode",
     "eager_decode_block",
     "evaluate_flow",
     "evaluate_inverse",
+    "fit_temperature",
     "frechet_distance",
+    "log_posterior",
+    "negative_log_likelihood",
     "noise",
     "precision_recall",
     "score_step",

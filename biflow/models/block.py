@@ -3,7 +3,7 @@
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -74,14 +74,33 @@ class Block(nn.Module):
         y: Tensor | None = None,
         context: Tensor | None = None,
         *,
+        classes: Tensor | None = None,
         attn_temp: float = 1.0,
         layer_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The parallel pass: x (B,N,D) in block order -> raw parameters (B,N,2D) as the network writes them.
 
         The first N <= T tokens. (B,N,D) if shift_only. context: prefix tokens at width C, from `project_context`. Row n
-        holds the parameters of token n + 1 (shift) or n (start token). layer_dtype: what the layers' products are
-        rounded to; None: nothing, but for autocast.
+        holds the parameters of token n + 1 (shift) or n (start token). classes: class embeddings (B,K,C) in the place
+        of those of y, K = max(class_tokens, 1). layer_dtype: what the layers' products are rounded to; None: nothing,
+        but for autocast.
+        """
+        return self.features(x, y, context, (), classes=classes, attn_temp=attn_temp, layer_dtype=layer_dtype)[0]
+
+    def features(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        context: Tensor | None,
+        layers: Collection[int],
+        *,
+        classes: Tensor | None = None,
+        attn_temp: float = 1.0,
+        layer_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """`params`, and the residual stream (B,N,C) after each of `layers`, by its index; without the prefix.
+
+        In block order. Row n belongs to the token that the network reads there: token n, or n - 1 with a start token.
         """
         c, batch, tokens = self.config, x.shape[0], x.shape[1]
         if self.start_token is not None:
@@ -91,7 +110,7 @@ class Block(nn.Module):
             h = h + (self.pos_embed.flip(0) if c.flip else self.pos_embed)[:tokens]
         prefix = []
         if self.class_embed is not None:
-            rows = class_rows(self.class_embed, y, batch)
+            rows = class_rows(self.class_embed, y, batch) if classes is None else classes
             if c.class_tokens:
                 prefix.append(rows)
             else:
@@ -104,15 +123,21 @@ class Block(nn.Module):
         rope = None
         if c.rope:
             rope = tuple((t.flip(0) if c.flip else t)[:tokens] for t in (self.rope_cos, self.rope_sin))
-        delta = None
+        delta, kept = None, {}
         with layers_in(layer_dtype, x.device):
-            for layer in self.layers:
+            for index, layer in enumerate(self.layers):
                 h, delta = layer(h, delta, rope, causal=True, prefix=length, attn_temp=attn_temp)
-        return self.proj_out((h + delta)[:, length:])
+                if index in layers:
+                    kept[index] = (h + delta)[:, length:]
+        return self.proj_out((h + delta)[:, length:]), kept
 
     def affine(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """z (B,N,D) in x's dtype and logdet (B,) of x under raw parameters, both the first N tokens in block order."""
         return ops.affine_encode(x, self._both_halves(raw), **self._affine_options())
+
+    def affine_inverse(self, z: Tensor, raw: Tensor) -> Tensor:
+        """x (B,N,D) in z's dtype from z and the raw parameters that the network writes for x, in block order."""
+        return ops.affine_decode(z, self._both_halves(raw), **self._affine_options())
 
     def _both_halves(self, raw: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(raw), raw], dim=-1) if self.config.shift_only else raw  # exp(0) = 1
@@ -127,10 +152,11 @@ class Block(nn.Module):
         y: Tensor | None = None,
         context: Tensor | None = None,
         layer_dtype: torch.dtype | None = None,
+        classes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """encode: x (B,T,D) in block order -> z (B,T,D), logdet (B,). context as the user gave it."""
         prefix = self.project_context(context, x.shape[0])
-        return self.affine(x, self.params(x, y, prefix, layer_dtype=layer_dtype))
+        return self.affine(x, self.params(x, y, prefix, classes=classes, layer_dtype=layer_dtype))
 
     def guided_params(self, x: Tensor, condition: Condition, prefix: Tensor | None) -> Tensor:
         """`params` as a guided decode uses them: raw + w (raw - raw of the unconditional pass) with w by token.

@@ -7,7 +7,7 @@ positions, RMSNorm, SwiGLU, QK-norm and in-context class tokens (BiFlow, arXiv 2
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from biflow import solvers
 from biflow.config import check_fields, check_number
 from biflow.models.block import Block
+from biflow.models.classify import classify
 from biflow.models.layers import (
     check_count,
     check_decoding,
@@ -205,14 +206,15 @@ class TarFlow(PassModule):
         *,
         return_states: bool = False,
         layer_dtype: torch.dtype | None = None,
+        classes: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
-        """`encode` without its checks. layer_dtype: as in `Block.params`."""
+        """`encode` without its checks. layer_dtype, classes (one tensor a block): as in `Block.params`."""
         h = patchify(x, self.config.patch_size)
         states, flipped, logdet = [h], False, 0.0
-        for block in self.blocks:
+        for block, rows in zip(self.blocks, classes or [None] * len(self.blocks), strict=True):
             if block.config.flip != flipped:
                 h, flipped = h.flip(1), block.config.flip
-            h, block_logdet = block(h, y, context, layer_dtype)
+            h, block_logdet = block(h, y, context, layer_dtype, rows)
             logdet = logdet + block_logdet
             if return_states:
                 states.append(h.flip(1) if flipped else h)
@@ -252,6 +254,52 @@ class TarFlow(PassModule):
         bin_width = check_number("bin_width", bin_width, above=0)
         dims = self.config.tokens * self.config.channels
         return -self.log_prob(x, y, context, precision=precision) / (dims * math.log(2)) - math.log2(bin_width)
+
+    def classify(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        rule: str = "gradient",
+        noise_draws: int = 0,
+        top_k: int | None = None,
+        batch_size: int = 256,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Which class x is of, without training a classifier: the model's own likelihood says (arXiv 2511.22345, 4.1).
+
+        Args:
+            x, context: as in `encode`; computed in x's dtype, also inside torch.autocast.
+            rule: "gradient": g = grad log p(x | e) with respect to logits l in R^K at l = 0, where e = softmax(l)^T E
+                mixes the class embeddings E. One encode and one backward pass, whatever K is. "bayes": log p(x | k) of
+                every class, K encodes.
+            noise_draws: 0: x as it is. n: the mean of the scores of x + noise_std N(0, 1) over n draws, which is what a
+                model with noise_std > 0 has seen in training; n times the work.
+            top_k: also return labels, the best k.
+            batch_size: images of a pass, which bounds the memory.
+            generator: source of the noise, drawn on its device, or on the model's.
+
+        Returns:
+            scores (B,K), fp32 (fp64 for fp64 x), in nats: g, whose sum is 0 and whose K-fold is the first-order term of
+            log p(x | k) - log p(x | e), so that softmax(K g) is the posterior of a likelihood that is linear in e; or
+            log p(x | k), whose softmax is the posterior if all classes are as likely. With top_k labels (B,k) int64 and
+            their scores (B,k), best first. Neither has a graph; no parameter gets a gradient. Works under
+            torch.no_grad() and torch.inference_mode().
+
+        Raises:
+            TypeError, ValueError: as `encode`; a model without classes, in bf16 or fp16; an unknown rule, draws of a
+            model without noise, top_k above K. FloatingPointError: scores that are not finite.
+        """
+        return classify(
+            self,
+            x,
+            context,
+            rule=rule,
+            noise_draws=noise_draws,
+            top_k=top_k,
+            batch_size=batch_size,
+            generator=generator,
+        )
 
     @torch.no_grad()
     def decode(
