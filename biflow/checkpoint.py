@@ -120,8 +120,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     }
 
 
-def fingerprint(model: TarFlow | BiFlow) -> str:
-    """SHA-256 (hex) over the model's kind, configuration and weights: equal for equal models on any device."""
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 (hex) over the model's kind, `config` and weights: equal for equal models on any device."""
     document = {"kind": type(model).__name__, "config": to_mapping(model.config)}
     return _digest({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, document)
 

@@ -13,11 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
+STAGES = ("flow", "inverse", "perceptual")  # the last: the inverse with perceptual terms
 TIMEOUT = 120.0  # seconds without progress
 
 
 def worker(stage: str, folder: Path, steps: int) -> None:
     """Train, or continue."""
+    from tiny_perceptual import CONVOLUTIONS, with_terms
     from tiny_training import flow_config, inverse_config, random_flow
 
     from biflow import train
@@ -28,6 +30,9 @@ def worker(stage: str, folder: Path, steps: int) -> None:
     else:
         flow = random_flow(flow_config(data).model)
         config = inverse_config(data, steps, every=5, log_every=1)
+        if stage == "perceptual":
+            terms = {"backbone": "classifier", "steps": 20}, {"backbone": CONVOLUTIONS, "crop": 8}
+            config = with_terms(config, *terms)
         train.train_inverse(config, flow, folder, resume=True, progress=False)
 
 
@@ -83,7 +88,9 @@ def check(stage: str, kills: int, folder: Path, seed: int, steps: int, say=lambd
         found = sorted(p.name for p in (killed / "checkpoints").glob("*")) if killed.exists() else []
         say(f"killed at step {last_step(killed)} (aimed at {reached}); checkpoints: {' '.join(found) or 'none'}")
     finish(start(stage, killed, steps))
-    for name in ("model.safetensors", f"checkpoints/step_{steps:08d}/model.safetensors"):
+    own = [p.name for p in calm.glob("perceptual_*")]
+    assert bool(own) == (stage == "perceptual"), "the classifier is in the run folder"
+    for name in ("model.safetensors", f"checkpoints/step_{steps:08d}/model.safetensors", *own):
         assert (calm / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs"
     assert raw_state(calm, steps) == raw_state(killed, steps), "weights, moments or generator differ"
     assert metrics(calm) == metrics(killed), "metrics.jsonl differs"
@@ -115,7 +122,7 @@ def metrics(folder: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="kill and resume a tiny training run; exit code 0: nothing was lost")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--stage", choices=("flow", "inverse"), default="flow")
+    parser.add_argument("--stage", choices=STAGES, default="flow")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()

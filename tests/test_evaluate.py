@@ -12,6 +12,7 @@ from tiny import BATCH, VARIANTS, make_condition, make_flow, make_reverse, noise
 from biflow import evaluate
 from biflow.data import DataConfig, load
 from biflow.evaluate import EvaluationConfig, RealData, metrics, plots, timing
+from biflow.evaluate.classifier import Classifier
 from biflow.models.layers import patchify
 
 TINY = {"img_size": 8, "in_channels": 1, "patch_size": 2, "width": 16, "head_dim": 8, "num_blocks": 2}
@@ -138,6 +139,14 @@ def test_eager_decode_equals_the_op(name):
 
 
 # --- classifier and metrics -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 4, 8, 17, 28, 64])
+def test_the_classifier_takes_images_of_every_size(size):
+    """From 18 pixels on the number of channels has reached its limit."""
+    model, images = Classifier(1, size, 10).eval(), torch.zeros(2, 1, size, size)
+    assert model.features(images).shape == (2, 32)
+    assert model(images).shape == (2, 10)
 
 
 def test_classifier_knows_held_out_digits_and_is_deterministic():

@@ -43,7 +43,7 @@ def lines(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["flow", "inverse"])
+@pytest.mark.parametrize("stage", kill_resume.STAGES)
 def test_kill_9_at_random_moments_loses_nothing(stage, tmp_path):
     kill_resume.check(stage, kills=3, folder=tmp_path, seed=1, steps=120)
 

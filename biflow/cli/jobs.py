@@ -124,6 +124,8 @@ COMMANDS = (
             "biflow distill digits_inverse optim.steps=200 --flow runs/flow --out runs/short",
             "biflow distill digits_inverse alignment.strategy=hidden_distillation model.reembed_states=true "
             "--flow runs/flow --out runs/forced",
+            "biflow distill digits_inverse 'perceptual=[{backbone: classifier, weight: 0.5}]' "
+            "--flow runs/flow --out runs/perceptual",
         ),
     ),
     (

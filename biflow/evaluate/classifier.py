@@ -24,13 +24,13 @@ class Classifier(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
         side = img_size
         while True:
-            layers += [nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU()]
-            width *= 2
+            wider = min(2 * width, 128)
+            layers += [nn.Conv2d(width, wider, 3, padding=1), nn.BatchNorm2d(wider), nn.ReLU()]
+            width = wider
             if side <= 4:
                 break
             layers.append(nn.MaxPool2d(2))
             side //= 2
-            width = min(width, 64)
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3))
         self.hidden = nn.Linear(width * side * side, FEATURES)
         self.scores = nn.Linear(FEATURES, num_classes)

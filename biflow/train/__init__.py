@@ -7,10 +7,12 @@ from biflow.train.configs import (
     FlowTraining,
     InverseTraining,
     OptimConfig,
+    PerceptualConfig,
     RunConfig,
 )
 from biflow.train.distill import alignment_loss, train_inverse
 from biflow.train.likelihood import likelihood_loss, train_flow
+from biflow.train.perceptual import Perceptual
 
 __all__ = [
     "GUIDANCE_DRAWS",
@@ -19,6 +21,8 @@ __all__ = [
     "FlowTraining",
     "InverseTraining",
     "OptimConfig",
+    "Perceptual",
+    "PerceptualConfig",
     "RunConfig",
     "alignment_loss",
     "likelihood_loss",

@@ -1,12 +1,14 @@
 """Configuration of a training run: one dataclass a stage, the same fields in YAML, on the command line and in files."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 import torch
 
 from biflow.config import check_fields
 from biflow.data import DataConfig
+from biflow.data.images import PIXEL_CHANNELS
 from biflow.models import BiFlowConfig, TarFlowConfig
 from biflow.ops._checks import local_device, parse_device
 
@@ -15,6 +17,9 @@ NORMALIZATIONS = ("none", "token_rms", "mean_square")
 TARGET_NORMS = ("none", "token_rms", "global")
 GUIDANCE_DRAWS = ("uniform", "log_uniform")
 PRECISIONS = ("fp32", "bf16")
+LIBRARY_BACKBONES = ("lpips", "convnext_v2", "vgg")
+BACKBONES = (*LIBRARY_BACKBONES, "classifier")
+INPUTS = ("imagenet", "raw")
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,83 @@ class AlignmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PerceptualConfig:
+    """A perceptual term: how far apart a frozen network finds the output and its target (`perceptual.Perceptual`).
+
+    backbone: "lpips": LPIPS (arXiv 1801.03924). "convnext_v2": timm's. "vgg": torchvision's. "classifier": a small one
+        that is trained on the labelled training images when the run starts. "package.module:function": a function
+        without arguments that returns a torch.nn.Module; it maps images to one feature map (B,K,...) or several.
+    weight: of the term in the loss.
+    name: what the metrics call it, "perceptual_NAME"; None: the backbone, or the function's name.
+    model: which of the library's networks. lpips: "vgg" (the default), "alex" or "squeeze"; convnext_v2: a name of
+        timm's ("convnextv2_base"); vgg: a name of torchvision's ("vgg16").
+    weights: a file of weights, .safetensors or what torch.save makes of a state dict. None: those that the library
+        has in its cache or downloads; a function's module as it comes. lpips: the trunk's, as torchvision has it.
+    layers: names of the submodules whose outputs are compared. None: vgg: the last layer before each pooling;
+        convnext_v2, classifier: every stage; a function's module: what it returns. lpips has its own.
+    crop: side to which crops are resized, the same random one of output and target; None: the whole image as it is.
+    crop_scale, crop_ratio: ranges of a crop's share of the area, and of width / height, as of torchvision's
+        RandomResizedCrop. (1, 1) both: no crop, the whole image resized.
+    inputs: what a function's module takes. "imagenet" (None): three channels (gray is repeated) normalised by
+        ImageNet's mean and standard deviation; "raw": the data's channels in [-1, 1].
+    steps: training steps of the classifier; None: 600.
+    """
+
+    backbone: str
+    weight: float
+    name: str | None = None
+    model: str | None = None
+    weights: str | None = None
+    layers: tuple[str, ...] | None = None
+    crop: int | None = None
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    inputs: str | None = None
+    steps: int | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.backbone not in BACKBONES and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.backbone):
+            known = ", ".join(BACKBONES)
+            raise ValueError(f"backbone: expected one of {known}, or 'package.module:function', got {self.backbone!r}")
+        if not (0 < self.weight < math.inf):
+            raise ValueError(f"weight: expected a finite number > 0, got {self.weight}")
+        if not re.fullmatch(r"\w+", self.label):
+            raise ValueError(f"name: expected letters, digits and underscores, got {self.name!r}")
+        own = self.backbone not in BACKBONES
+        for field_name, takes, where in (
+            ("model", self.backbone in LIBRARY_BACKBONES, ", ".join(LIBRARY_BACKBONES)),
+            ("weights", self.backbone != "classifier", "all but classifier"),
+            ("layers", self.backbone != "lpips", "all but lpips"),
+            ("inputs", own, "'package.module:function'"),
+            ("steps", self.backbone == "classifier", "classifier"),
+        ):
+            if getattr(self, field_name) is not None and not takes:
+                got = getattr(self, field_name)
+                raise ValueError(
+                    f"{field_name}: expected None with backbone {self.backbone!r} (for {where}), got {got!r}"
+                )
+        if self.layers == ():
+            raise ValueError("layers: expected at least one name, or None, got none")
+        if self.inputs is not None:
+            _one_of(self, INPUTS, "inputs")
+        for field_name in ("crop", "steps"):
+            if getattr(self, field_name) is not None:
+                _at_least(self, 1, field_name)
+        low, high = self.crop_scale
+        if not (0 < low <= high <= 1):
+            raise ValueError(f"crop_scale: expected 0 < smallest <= largest <= 1, got {self.crop_scale}")
+        low, high = self.crop_ratio
+        if not (0 < low <= high < math.inf):
+            raise ValueError(f"crop_ratio: expected 0 < smallest <= largest, got {self.crop_ratio}")
+
+    @property
+    def label(self) -> str:
+        """`name`, or what stands for it."""
+        return self.name if self.name is not None else self.backbone.rpartition(":")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlowTraining:
     """Stage one. model.noise_std > 0: Gaussian noise of that size on the data; 0: uniform dequantisation noise.
 
@@ -173,6 +255,7 @@ class InverseTraining:
     guidance_draw: how guidance strengths w in [0, model.max_guidance] are drawn, with u ~ U(0, 1): "uniform":
         w = u max_guidance. "log_uniform": w = expm1(u log1p(max_guidance)), whose 1 + w is log-uniform. The paper does
         not say; both are choices of ours.
+    perceptual: terms on the output as an image, beside those of `alignment`. The data has to be images, not latents.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -182,6 +265,7 @@ class InverseTraining:
     label_drop: float = 0.1
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     guidance_draw: str = "uniform"
+    perceptual: tuple[PerceptualConfig, ...] = ()
 
     def __post_init__(self):
         check_fields(self)
@@ -198,6 +282,14 @@ class InverseTraining:
             raise ValueError(
                 f"alignment.weight_states: expected one number, or {self.model.num_groups - 1} (states x_{first} to "
                 f"x_{self.model.num_blocks - 1}), got {len(weights)}"
+            )
+        labels = [term.label for term in self.perceptual]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"perceptual: expected terms of different names (name=), got {', '.join(labels)}")
+        if labels and self.model.in_channels not in PIXEL_CHANNELS:
+            raise ValueError(
+                "perceptual: expected images of 1 or 3 channels, got model.in_channels "
+                f"{self.model.in_channels}: latents would have to be decoded to pixels first, which biflow does not do"
             )
         if self.model.max_guidance and not self.label_drop:
             raise ValueError("label_drop: expected more than 0 with max_guidance, which needs an unconditional output")

@@ -7,6 +7,7 @@ training time, norm control. What the paper leaves open is decided in docs/decis
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from torch import Tensor
 from biflow import checkpoint
 from biflow import data as datasets
 from biflow.models import BiFlow, TarFlow
-from biflow.models.layers import patchify
+from biflow.models.layers import patchify, unpatchify
 from biflow.train.configs import AlignmentConfig, InverseTraining
 from biflow.train.likelihood import add_noise, drop_labels
+from biflow.train.perceptual import Perceptual
 from biflow.train.trainer import check_data, fit
 
 SQUARE_FLOOR = 1e-2  # targets whose mean square is smaller (an even gray patch) do not blow up their errors
@@ -55,6 +57,7 @@ def alignment_loss(
     *,
     bin_width: float | None = None,
     training: bool = True,
+    perceptual: Perceptual | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """BiFlow's stage two loss (arXiv 2512.10953, section 3), with trained-in guidance.
 
@@ -65,6 +68,7 @@ def alignment_loss(
         hidden_distillation: h_i is what G's next group starts from (model.reembed_states).
         hidden_alignment: h_i is what a head reads from a hidden state that is free to be anything.
     Without learned denoising h_out predicts x_0 in place of the clean patches, and the sum starts at i = 1.
+    `Perceptual.loss` of h_out and its target, both as images, is added.
 
     With max_guidance > 0 every h, the output's and the states', is (G(z | y, w) + w sg(G(z | none, 0))) / (1 + w) with
     w drawn per sample (`draw_guidance`) and w = 0 where the label was dropped. The paper gives the mixture for the
@@ -77,16 +81,19 @@ def alignment_loss(
     Args:
         inverse, flow: the model that is trained, and the frozen forward model, left as it is.
         x: clean images (B,C,H,W) fp32. y: labels (B,) int64 or None.
-        generator: source of the noise, then of the dropped labels, then of w.
+        generator: source of the noise, then of the dropped labels, then of w, then of crops.
         config: alignment, label_drop, guidance_draw; model.max_guidance, learned_denoising, reembed_states.
         bin_width: of the data, for a flow with noise_std = 0.
         training: False: no label is dropped and w = 0.
+        perceptual: the prepared terms of config.perceptual, if there are any; ValueError without them.
 
     Returns:
         loss, a scalar; to log (detached): the terms' errors "output", "state_0", ..., "state_{B-1}", and the norms of
-        the trajectory "norm_0", ..., "norm_B": mean_b ||x_i|| / sqrt(T D).
+        the trajectory "norm_0", ..., "norm_B": mean_b ||x_i|| / sqrt(T D); those that `Perceptual.loss` names.
     """
     own, weights = inverse.config, config.alignment
+    if config.perceptual and perceptual is None:
+        raise ValueError("perceptual: expected the prepared terms of config.perceptual, got None")
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         noisy = add_noise(x, flow.config.noise_std, bin_width, generator)
         flow_y = y if flow.config.num_classes and own.num_classes else None
@@ -116,6 +123,10 @@ def alignment_loss(
     for (name, target), prediction, share in zip(targets.items(), predictions, shares, strict=True):
         value, errors[name] = term(prediction, target, weights)
         loss = loss + share * value
+    if perceptual is not None:
+        pair = (unpatchify(h, own.patch_size) for h in (predictions[0], targets["output"]))
+        value, distances = perceptual.loss(*pair, generator, weights)
+        loss, errors = loss + value, errors | distances
     return loss, errors | norms
 
 
@@ -156,16 +167,21 @@ class Alignment:
 
     stage = "inverse"
 
-    def __init__(self, config: InverseTraining, flow: TarFlow, bin_width: float | None):
-        self.config, self.flow, self.bin_width = config, flow, bin_width
-        self.identity = {"flow_sha256": checkpoint.fingerprint(flow)}
+    def __init__(
+        self, config: InverseTraining, flow: TarFlow, bin_width: float | None, perceptual: Perceptual | None = None
+    ):
+        self.config, self.flow, self.bin_width, self.perceptual = config, flow, bin_width, perceptual
+        self.identity: dict[str, Any] = {"flow_sha256": checkpoint.fingerprint(flow)}
+
+    def prepare(self, out: Path, progress: bool) -> None:
+        if self.perceptual is not None:
+            self.identity["perceptual_sha256"] = self.perceptual.prepare(out, progress=progress)
 
     def loss(
         self, model: BiFlow, x: Tensor, y: Tensor | None, generator: torch.Generator, *, training: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return alignment_loss(
-            model, self.flow, x, y, generator, self.config, bin_width=self.bin_width, training=training
-        )
+        options = {"bin_width": self.bin_width, "training": training, "perceptual": self.perceptual}
+        return alignment_loss(model, self.flow, x, y, generator, self.config, **options)
 
 
 def train_inverse(
@@ -174,7 +190,8 @@ def train_inverse(
     """Train the learned inverse of `flow`, which is left as it is. Folder, resuming and errors as in `train_flow`.
 
     Raises:
-        ValueError: also if `flow` does not fit config.model, or if a run is resumed with another flow.
+        ValueError: also if `flow` does not fit config.model, or if a run is resumed with another flow, or with other
+        weights of a perceptual term. ImportError, FileNotFoundError: a term's library or weights are missing.
     """
     own, device = config.model, config.run.torch_device()
     if not isinstance(flow, TarFlow):
@@ -194,5 +211,6 @@ def train_inverse(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = BiFlow(own)
-    objective = Alignment(config, frozen, data.bin_width)
+    perceptual = Perceptual(config, data) if config.perceptual else None
+    objective = Alignment(config, frozen, data.bin_width, perceptual)
     return fit(model, objective, data, config, out, resume=resume, progress=progress)

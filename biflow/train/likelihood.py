@@ -51,6 +51,9 @@ class Likelihood:
         self.config, self.bin_width = config, bin_width
         self.identity: dict[str, str] = {}
 
+    def prepare(self, out: Path, progress: bool) -> None:
+        """Nothing: the loss needs the model alone."""
+
     def loss(
         self, model: TarFlow, x: Tensor, y: Tensor | None, generator: torch.Generator, *, training: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -29,6 +29,10 @@ class Objective(Protocol):
     stage: str
     identity: dict[str, Any]
 
+    def prepare(self, out: Path, progress: bool) -> None:
+        """Before the first step of a sitting, with the run's folder there: make or read what the loss needs."""
+        ...
+
     def loss(
         self, model: nn.Module, x: Tensor, y: Tensor | None, generator: torch.Generator, *, training: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,6 +61,7 @@ class Trainer:
     def run(self, resume: bool, progress: bool) -> nn.Module:
         """Train to the last step; returns the averaged model. Errors: `runs.prepare`, FloatingPointError."""
         runs.prepare(self.out, self.mapping, resume)
+        self.objective.prepare(self.out, progress)
         self._restore_newest()
         runs.cut_metrics(self.out, self.step)
         started = time.perf_counter() - self.seconds

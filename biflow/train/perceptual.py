@@ -1,0 +1,156 @@
+"""Perceptual terms of stage two: how far apart frozen networks find the decoded image and the clean one.
+
+Source: BiFlow (arXiv 2512.10953) adds LPIPS and ConvNeXt-V2 features to its loss on images; the form is LPIPS' (arXiv
+1801.03924, equation 1). What the paper leaves open is decided in docs/decisions/0018.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from biflow import checkpoint
+from biflow.data import ImageData
+from biflow.data.images import PIXEL_CHANNELS
+from biflow.train import backbones
+from biflow.train.backbones import Backbone
+from biflow.train.configs import AlignmentConfig, InverseTraining
+from biflow.train.crops import random_boxes, resized_crops
+
+LENGTH_FLOOR = 1e-10  # added to squared lengths: a position without any feature has direction 0 and a finite gradient
+
+
+def feature_distance(
+    features: Sequence[Tensor], targets: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    """d_b = sum_l mean_p sum_k w_lk (f^_lkp - g^_lkp)^2, the distance of two images' features (LPIPS, equation 1).
+
+    f^ = f / sqrt(sum_k f_k^2 + 1e-10): each position's features as a direction, so no layer outweighs another by its
+    size. Without weights w_lk = 1 / L, and d is the mean over layers of the squared distance of unit vectors, twice one
+    minus their cosine: in [0, 4].
+
+    Args:
+        features, targets: L maps (B,K_l,...) each, of any float dtype; computed in fp32, or fp64 for fp64.
+        weights: L tensors (K_l,).
+
+    Returns:
+        (B,), differentiable in all arguments.
+    """
+    total = 0
+    for k, (f, g) in enumerate(zip(features, targets, strict=True)):
+        square = (_direction(f) - _direction(g)).square()
+        square = (
+            square.sum(1) / len(features)
+            if weights is None
+            else torch.einsum("bkp,k->bp", square, weights[k].to(square.dtype))
+        )
+        total = total + square.mean(1)
+    return total
+
+
+def _direction(f: Tensor) -> Tensor:
+    """(B,K,...) -> (B,K,P) of unit length over K."""
+    f = f if f.dtype == torch.float64 else f.float()
+    f = f.reshape(*f.shape[:2], -1)
+    return f * (f.square().sum(1, keepdim=True) + LENGTH_FLOOR).rsqrt()
+
+
+class Perceptual:
+    """The perceptual terms of a run: config.perceptual, with their backbones on the run's device.
+
+    The backbones are frozen and belong to no checkpoint. `prepare` has to be called before `loss`.
+
+    Args:
+        config: of the run. data: what a classifier is trained on, and what the images look like.
+
+    Raises:
+        ValueError: data that are not images of 1 or 3 channels, a backbone that does not take them; and as
+        `backbones.build`.
+    """
+
+    def __init__(self, config: InverseTraining, data: ImageData):
+        if config.perceptual and data.channels not in PIXEL_CHANNELS:
+            raise ValueError(
+                f"perceptual: expected images of 1 or 3 channels, got latents of {data.channels}, which would have to "
+                "be decoded to pixels first"
+            )
+        self.config, self.data = config, data
+        self.device = config.run.torch_device()
+        self.backbones = [backbones.build(term, data, config.run.seed) for term in config.perceptual]
+        for backbone in self.backbones:
+            _try(backbone, data)
+        self.ready = False
+
+    def prepare(self, out: Path | None = None, *, progress: bool = False) -> dict[str, str]:
+        """Move the backbones to the device and train classifiers, kept in the run folder `out` and read from there.
+
+        Returns:
+            name of a term -> SHA-256 of its backbone: a run is resumed with the same ones only.
+        """
+        for backbone in self.backbones:
+            backbone.to(self.device)
+            if backbone.config.backbone == "classifier":
+                run, flip = self.config.run, self.config.data.flip
+                backbones.prepare_classifier(backbone, self.data, out, seed=run.seed, flip=flip, progress=progress)
+        self.ready = True
+        return {backbone.config.label: checkpoint.fingerprint(backbone) for backbone in self.backbones}
+
+    def loss(
+        self, prediction: Tensor, target: Tensor, generator: torch.Generator, alignment: AlignmentConfig
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """sum_k weight_k mean_b sg((d_kb + c)^-p) d_kb, p and c of `alignment`, d_k term k's `feature_distance`.
+
+        Each term draws a box an image, the same for prediction and target, if it has crops. Nothing is clamped to
+        [-1, 1]: that would take the gradient from pixels outside. Crops and distances are computed in fp32 or fp64;
+        the backbone runs under the caller's autocast, since it is what costs.
+
+        Args:
+            prediction, target: images (B,C,S,S). Only the prediction has a gradient.
+            generator: source of the boxes, on the images' device.
+
+        Returns:
+            loss, a scalar; to log (detached): "perceptual_NAME", the mean of d_k over the batch.
+        """
+        if not self.ready:
+            raise RuntimeError("perceptual: expected prepare() to be called before loss()")
+        loss, errors = prediction.new_zeros(()), {}
+        for backbone in self.backbones:
+            term = backbone.config
+            distance = _distance(backbone, prediction, target, generator)
+            weight = (distance.detach() + alignment.adaptive_constant) ** -alignment.adaptive_power
+            loss = loss + term.weight * (weight * distance).mean()
+            errors[f"perceptual_{term.label}"] = distance.detach().mean()
+        return loss, errors
+
+
+def _distance(backbone: Backbone, prediction: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    """(B,): the distance of one term, on crops drawn here."""
+    term = backbone.config
+    if term.crop is not None:
+        boxes = random_boxes(len(target), target.shape[2:], term.crop_scale, term.crop_ratio, generator)
+        with torch.autocast(target.device.type, enabled=False):
+            prediction, target = (resized_crops(images, boxes, term.crop) for images in (prediction, target))
+    with torch.no_grad():
+        targets = backbone(target)
+    features = backbone(prediction)
+    with torch.autocast(prediction.device.type, enabled=False):
+        return feature_distance(features, targets, backbone.channel_weights)
+
+
+@torch.no_grad()
+def _try(backbone: Backbone, data: ImageData) -> None:
+    """ValueError unless the backbone takes images of the term's size and gives feature maps."""
+    side = backbone.config.crop or data.img_size
+    images = torch.zeros(2, data.channels, side, side)
+    where = f"perceptual term {backbone.config.label!r}"
+    try:
+        features = backbone(images)
+    except Exception as error:  # of code that is not ours
+        raise ValueError(
+            f"{where}: expected a backbone that takes images {tuple(images.shape)} (crop resizes them), got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    shapes = [tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__ for f in features]
+    if not features or not all(isinstance(f, Tensor) and f.dim() > 1 and len(f) == 2 and f.numel() for f in features):
+        raise ValueError(f"{where}: expected feature maps (B,K,...) for a batch B of 2, got {shapes}")
