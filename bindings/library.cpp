@@ -69,6 +69,16 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
       "str clip, float clip_value, str clip_on, bool causal, bool flip, Tensor? mask) "
       "-> (Tensor grad_z, Tensor grad_params)");
 
+  // errors of norm(h) head^T against target, summed over a sample: CUDA in Triton, CPU in chunks of torch's functions
+  m.def(
+      "alignment_error(Tensor h, Tensor target, Tensor norm_weight, Tensor? norm_bias, Tensor head_weight, "
+      "Tensor? head_bias, Tensor? scale, str kind, float eps, ScalarType? dtype) -> Tensor");
+  m.def(
+      "alignment_error_backward(Tensor grad_error, Tensor h, Tensor target, Tensor norm_weight, Tensor? norm_bias, "
+      "Tensor head_weight, Tensor? head_bias, Tensor? scale, str kind, float eps, ScalarType? dtype) "
+      "-> (Tensor grad_h, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_head_weight, "
+      "Tensor grad_head_bias)");
+
   // softmax(q k^T scale) v; mask (B, T) bool over keys. _qkv: of a layer's packed projection, with norm and rotary
   // embedding; _forward: both without gradient, (B, T, H, d), on a GPU; plan: csrc/attention.h, [] chooses one
   m.def("attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? mask) -> Tensor");

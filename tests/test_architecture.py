@@ -36,13 +36,13 @@ MAY_IMPORT = {
 TOP = {"ablation", "cli", "demo"}  # imported by nothing below them
 
 # An op is a stem; `git ls-files '*affine*'` shows its whole life.
-STEMS = ("affine", "attention", "block_params", "decode_block", "gate", "jacobi_update", "norm")
+STEMS = ("affine", "alignment", "attention", "block_params", "decode_block", "gate", "jacobi_update", "norm")
 # ops of a stem whose name does not begin with it
 OTHER_NAMES = {"pack_block_": "decode_block", "add_norm": "norm"}
 CPU_KERNEL_IS_TORCH = {"attention"}  # torch's own fused attention
 WITH_CUDA_KERNEL = {"affine", "attention", "decode_block", "jacobi_update"}
 # bound by bandwidth and simple: Triton on a GPU, torch's own functions on a CPU; neither csrc nor bindings
-KERNEL_IS_TRITON = {"gate", "norm"}
+KERNEL_IS_TRITON = {"alignment", "gate", "norm"}
 # questions about the machine, about weights, about a size: no maths
 NOT_OPS = {
     "cpu_isa",
@@ -56,6 +56,7 @@ PUBLIC = (
     "add_norm",
     "affine_encode",
     "affine_decode",
+    "alignment_error",
     "attention",
     "attention_qkv",
     "block_params",

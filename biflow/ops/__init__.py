@@ -2,6 +2,7 @@
 
 from biflow import _library  # noqa: F401
 from biflow.ops.affine import affine_decode, affine_encode
+from biflow.ops.alignment import alignment_error
 from biflow.ops.attention import attention, attention_qkv
 from biflow.ops.block_params import BlockWindows, block_params
 from biflow.ops.decode_block import BlockConfig, BlockWeights, decode_block, has_fast_bf16, pack_block
@@ -16,6 +17,7 @@ __all__ = [
     "add_norm",
     "affine_decode",
     "affine_encode",
+    "alignment_error",
     "attention",
     "attention_qkv",
     "block_params",

@@ -5,6 +5,7 @@ in `_`, with autograd of any order.
 """
 
 from biflow.reference.affine import affine_decode, affine_encode
+from biflow.reference.alignment import alignment_error
 from biflow.reference.attention import attention, attention_qkv
 from biflow.reference.block_params import block_params
 from biflow.reference.decode_block import decode_block
@@ -16,6 +17,7 @@ __all__ = [
     "add_norm",
     "affine_decode",
     "affine_encode",
+    "alignment_error",
     "attention",
     "attention_qkv",
     "block_params",

@@ -118,6 +118,114 @@ def gate(device: str, shape: tuple, dtype: torch.dtype, kind: str, view: Callabl
     compare(*runs, [1, 1], ["y", "grad m"])
 
 
+# name: shape of h and D. Rows in two programs, channels in chunks with a rest, outputs in tiles with a rest, ...
+ALIGNMENTS = {
+    "one of each": (1, 1, 1, 1),
+    "ragged": (3, 7, 130, 5),
+    "d = 64": (2, 5, 64, 16),
+    "outputs in tiles": (2, 9, 70, 70),
+    "C = 768": (1, 17, 768, 12),
+    "more tiles than programs": (3, 1050, 16, 3),
+}
+# name: dtypes of h, of the target and scale, of the weights, and of what is multiplied
+ALIGNMENT_DTYPES = {
+    "fp32": (F32, F32, F32, None),
+    "fp16": (F16, F16, F16, None),
+    "fp32, products of fp16": (F32, F32, F32, F16),
+    "fp16 beside fp32, products of fp16": (F16, F32, F32, F16),
+    "bf16": (BF16, BF16, BF16, None),
+    "fp32, products of bf16": (F32, F32, F32, BF16),
+    "bf16 beside fp32, products of bf16": (BF16, F32, F32, BF16),
+}
+
+
+def alignment(
+    device: str,
+    shape: tuple,
+    dtypes: tuple,
+    kind: str,
+    bias: bool,
+    scale: str | None,
+    view: Callable = lambda t: t,
+    mean: float = 0.3,
+):
+    """Errors and gradients against the reference; view: from a tensor (B,T,C) to h."""
+    h_dtype, target_dtype, weight_dtype, dtype = dtypes
+    h = view((draw(device, *shape[:3], seed=0) + mean).to(h_dtype))
+    batch, tokens, width = h.shape
+    outputs, rows = shape[3], batch * tokens
+    target = draw(device, batch, tokens, outputs, dtype=target_dtype, seed=1)
+    leaves = [h, 1 + 0.3 * draw(device, width, seed=2), 0.5 * draw(device, width, seed=3) if bias else None]
+    leaves += [draw(device, outputs, width, seed=4) / width**0.5, draw(device, outputs, seed=5) if bias else None]
+    leaves[1:] = [None if t is None else t.to(weight_dtype) for t in leaves[1:]]
+    sizes = {"token": (batch, tokens), "sample": (batch,)}
+    scale = draw(device, *sizes[scale], seed=6).exp().to(target_dtype) if scale else None
+    grad = 1 + draw(device, batch, dtype=F32, seed=7).abs()
+
+    def ours(*leaves):
+        return torch.ops.biflow.alignment_error(leaves[0], target, *leaves[1:], scale, kind, 1e-5, dtype)
+
+    def plain(*leaves, dtype=dtype):
+        return reference.alignment_error(leaves[0], target, *leaves[1:], scale=scale, kind=kind, eps=1e-5, dtype=dtype)
+
+    exact = [None if t is None else t.double() for t in leaves]
+    got, same, exact = (
+        gradients(ours, leaves, [grad]),
+        gradients(plain, leaves, [grad]),
+        gradients(partial(plain, dtype=None), exact, [grad]),
+    )
+    names = ["E", "grad h", "grad norm_weight", "grad norm_bias", "grad head_weight", "grad head_bias"]
+    terms = [tokens * outputs * width, (width + 1) * (outputs + 1)] + [rows * outputs] * 2 + [rows * width] * 2
+    if not bias:
+        names, terms = ([t for i, t in enumerate(of) if i not in (3, 5)] for of in (names, terms))
+    if dtype is not None:  # docs/decisions/0007
+        for g, s, e, name in zip(got, same, exact, names, strict=True):
+            error, allowed = ((t.double() - e).norm() / e.norm() for t in (g, s))
+            assert error <= 2 * allowed + torch.finfo(g.dtype).eps, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+        assert ((got[0] - same[0]).abs() / same[0].abs()).median() < 1e-5
+        return
+    for results in zip(got, same, exact, terms, names, strict=True):
+        e = results[2]
+        ones = 2.0 ** max(0, math.floor(math.log2(e.square().mean().sqrt().item() + 1e-30))) if e.numel() else 1
+        compare(*([t / ones] for t in results[:3]), *([t] for t in results[3:]))
+
+
+def alignment_again(device: str):
+    """The same bits, without and with gradients, and of each row alone."""
+    h, target, w = (draw(device, *s, dtype=F32, seed=i) for i, s in enumerate(((3, 40, 70), (3, 40, 5), (5, 70))))
+    args = (target, h[0, 0], None, w, None, None, "layernorm", 1e-5, None)
+    runs = [gradients(lambda h: torch.ops.biflow.alignment_error(h, *args), [h], [h[:, 0, 0]]) for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    alone = [torch.ops.biflow.alignment_error(h[b : b + 1], target[b : b + 1], *args[1:]) for b in range(3)]
+    assert torch.equal(torch.cat(alone), runs[0][0])
+
+
+def alignment_of_nothing(device: str):
+    for batch, tokens in ((0, 3), (2, 0)):
+        h, target, w = (torch.ones(s, device=device) for s in ((batch, tokens, 6), (batch, tokens, 2), (2, 6)))
+        out = gradients(
+            lambda h, w, target=target: torch.ops.biflow.alignment_error(
+                h, target, w[0], None, w, None, None, "rmsnorm", 1e-5, None
+            ),
+            [h, w],
+            [torch.ones(batch, device=device)],
+        )
+        assert [tuple(t.shape) for t in out] == [(batch,), (batch, tokens, 6), (2, 6)]
+        assert not any(t.any() for t in out)
+
+
+def alignment_opcheck(device: str):
+    h, target = draw(device, 2, 3, 8, dtype=F16, seed=0).requires_grad_(), draw(device, 2, 3, 4, dtype=F32, seed=1)
+    w, b, head, c = (
+        draw(device, *s, dtype=F32, seed=i).requires_grad_() for i, s in enumerate(((8,), (8,), (4, 8), (4,)))
+    )
+    for norm_bias, head_bias, scale in ((b, c, target[..., 0]), (None, None, None)):
+        args = (h, target, w, norm_bias, head, head_bias, scale, "layernorm", 1e-5, F16)
+        torch.library.opcheck(torch.ops.biflow.alignment_error.default, args)
+        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        torch.library.opcheck(torch.ops.biflow.alignment_error_backward.default, (target[:, 0, 0], *args))
+
+
 def only_one_output_is_used(device: str):
     x, r, w = (draw(device, *s, dtype=F32, seed=i) for i, s in enumerate(((4, 12), (4, 12), (12,))))
     grad = draw(device, 4, 12, dtype=F32, seed=3)
@@ -199,6 +307,12 @@ def bad_input(device: str):
         (lambda: torch.ops.biflow.norm(x, x[0], None, "norm", 1e-6, None), ValueError),
         (lambda: torch.ops.biflow.gate(x[:, :7], "swiglu"), ValueError),
         (lambda: torch.ops.biflow.gate(x.long(), "gelu"), TypeError),
+        (
+            lambda: torch.ops.biflow.alignment_error(
+                x[None], x[None], x[0], None, x, None, None, "rmsnorm", 1e-6, None
+            ),
+            ValueError,
+        ),
     ):
         with pytest.raises(error):
             call()
@@ -236,7 +350,28 @@ def cases() -> dict[str, Callable[[str], None]]:
         for shape in ((1, 2), (37, 10), (3, 5, 266), (2, 4100)):
             for name, dtype in GATE_DTYPES.items():
                 found[f"gate, {kind}, {shape}, {name}"] = partial(gate, shape=shape, dtype=dtype, kind=kind)
+    options = list(itertools.product(("layernorm", "rmsnorm"), (True, False)))
+    for i, (name, shape) in enumerate(ALIGNMENTS.items()):
+        for j, (kind, bias) in enumerate(options):
+            scale, dtypes = ("token", "sample", None)[(i + j) % 3], list(ALIGNMENT_DTYPES)[(i + j) % 3 * (j % 2)]
+            found[f"alignment, {name}, {kind}{' bias' * bias}, {dtypes}"] = partial(
+                alignment, shape=shape, dtypes=ALIGNMENT_DTYPES[dtypes], kind=kind, bias=bias, scale=scale
+            )
+    full = {"kind": "layernorm", "bias": True, "scale": "token"}
+    for name, dtypes in ALIGNMENT_DTYPES.items():
+        found[f"alignment, every dtype, {name}"] = partial(alignment, shape=(2, 9, 136, 20), dtypes=dtypes, **full)
+    for name, (shape, view) in views.items():
+        if len(shape) == 3:
+            found[f"alignment, {name}"] = partial(
+                alignment, shape=(*shape, 5), dtypes=ALIGNMENT_DTYPES["fp32"], view=view, **full
+            )
+    found["alignment, a large mean"] = partial(
+        alignment, shape=(2, 5, 200, 4), dtypes=ALIGNMENT_DTYPES["fp32"], mean=100, **full
+    )
     for case in (
+        alignment_again,
+        alignment_of_nothing,
+        alignment_opcheck,
         only_one_output_is_used,
         the_norm_is_that_of_the_rounded_sum,
         same_bits_again,
@@ -277,7 +412,11 @@ class Guards:
 
 
 def main() -> None:
-    for stem, ops in (("norm", ("norm", "add_norm", "norm_backward")), ("gate", ("gate", "gate_backward"))):
+    for stem, ops in (
+        ("norm", ("norm", "add_norm", "norm_backward")),
+        ("gate", ("gate", "gate_backward")),
+        ("alignment", ("alignment_error", "alignment_error_backward")),
+    ):
         module = importlib.import_module(f"biflow.ops.{stem}")
         for op in ops:
             torch.library.impl(f"biflow::{op}", "CPU", getattr(module, f"_{op}"))
@@ -285,7 +424,9 @@ def main() -> None:
     for name, case in cases().items():
         if "bf16" not in name:
             try:
-                with contextlib.nullcontext() if case is opcheck else guards:  # it compares offsets into storages too
+                with (
+                    contextlib.nullcontext() if case in (opcheck, alignment_opcheck) else guards
+                ):  # it compares offsets into storages too
                     case("cpu")
                 results[name] = None
             except Exception:
