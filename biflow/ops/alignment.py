@@ -14,7 +14,7 @@ from biflow.ops.norm import KINDS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WIDEST = 8192  # channels that the Triton kernels are tested for
-_CHUNK = 1 << 19  # bytes of hidden state a core works on at a time: with what is made of them they stay in its cache
+_CHUNK = 1 << 20  # bytes of hidden state a core works on at a time: with what is made of them they stay in its cache
 
 
 @takes_arrays
@@ -131,10 +131,11 @@ class _Head:
         self.norm_bias = None if norm_bias is None else norm_bias.to(wide)
         self.weight = head_weight.to(dtype or wide).to(wide)
         self.bias = self.weight.new_zeros(len(self.weight)) if head_bias is None else head_bias.to(wide)
-        self.folded = self.weight * self.norm_weight
+        exact = self.weight.double()  # these round alike in every row
+        self.folded = (exact * self.norm_weight).to(wide)
         self.offset = self.bias
         if norm_bias is not None:
-            self.offset = self.bias + (self.weight * self.norm_bias).sum(1)
+            self.offset = (self.bias + (exact * self.norm_bias).sum(1)).to(wide)
 
     def to_h(self):
         """(D,C): the gradient to h is (g to_h - n s) r, with g the gradient to p, s the mean of n (g to_h), n = h r."""
@@ -177,26 +178,24 @@ def _chunks(h):
 
 
 def _read(h, head):
-    """Of rows of h: these as (N,C), their means (N,1) or 0, r (N,1) with n = (rows - mean) r, and p (N,D)."""
-    rows = h.reshape(-1, h.shape[-1]).to(head.wide)
-    mean = 0
+    """Of rows of h: v (N,C), these or their distance from their mean; r (N,1) such that n = v r; p - offset (N,D)."""
+    v = h.reshape(-1, h.shape[-1]).to(head.wide)
     if head.kind == "layernorm":
-        y, mean, r = torch.native_layer_norm(rows, rows.shape[1:], head.norm_weight, head.norm_bias, head.eps)
-    else:
-        r = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_().div_(rows.shape[1]).add_(head.eps).rsqrt_()
-        y = (rows * r).mul_(head.norm_weight)
-        y = y if head.norm_bias is None else y.add_(head.norm_bias)
-    if head.dtype is not None:
-        y = y.to(head.dtype).to(head.wide)
-    return rows, mean, r, torch.addmm(head.bias, y, head.weight.t())
+        v = v - v.mean(1, keepdim=True)
+    r = torch.linalg.vector_norm(v, dim=1, keepdim=True).square_().div_(v.shape[1]).add_(head.eps).rsqrt_()
+    if head.dtype is None:
+        return v, r, torch.mm(v, head.folded.t()).mul_(r)  # n itself is not needed
+    y = (v * r).mul_(head.norm_weight)
+    y = y if head.norm_bias is None else y.add_(head.norm_bias)
+    return v, r, torch.addmm(head.bias - head.offset, y.to(head.dtype).to(head.wide), head.weight.t())
 
 
 def _squares(h, target, head):
     """(B,T): the squared error of each token."""
     squares = h.new_empty(h.shape[:2], dtype=head.wide)
     for place in _chunks(h):
-        error = _read(h[place], head)[3].sub_(target[place].reshape(-1, target.shape[2]))
-        squares[place] = error.square_().sum(1).view(squares[place].shape)
+        p = _read(h[place], head)[2].add_(head.offset)
+        squares[place] = p.sub_(target[place].reshape(p.shape)).square_().sum(1).view(squares[place].shape)
     return squares
 
 
@@ -205,16 +204,15 @@ def _through(h, target, factor, head):
     to_h, grad_h = head.to_h(), h.new_empty(h.shape)
     product, total = (t.new_zeros(t.shape, dtype=torch.float64) for t in (to_h, head.bias))
     for place in _chunks(h):
-        rows, mean, r, p = _read(h[place], head)
-        rows = rows if head.kind == "rmsnorm" else rows - mean
-        g = (p - target[place].reshape(p.shape)).mul_(factor[place].reshape(-1, 1))
+        v, r, q = _read(h[place], head)
+        g = (q + head.offset).sub_(target[place].reshape(q.shape)).mul_(factor[place].reshape(-1, 1))
         total += g.sum(0, dtype=torch.float64)
-        s = p.sub_(head.offset).mul_(g).sum(1, keepdim=True).div_(rows.shape[1])
+        s = q.mul_(g).sum(1, keepdim=True).div_(v.shape[1])
         g *= r
-        product += torch.mm(g.t(), rows)
-        out = grad_h[place].view(rows.shape)
+        product += torch.mm(g.t(), v)
+        out = grad_h[place].view(v.shape)
         made = torch.mm(g, to_h, out=out) if out.dtype == head.wide else torch.mm(g, to_h)
-        made.addcmul_(rows, s.mul_(r).mul_(r), value=-1)
+        made.addcmul_(v, s.mul_(r).mul_(r), value=-1)
         if made is not out:
             out.copy_(made)
     return grad_h, product, total

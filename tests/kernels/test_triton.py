@@ -14,6 +14,7 @@ from cuda_binary import Kernel, cuobjdump, kernels
 from biflow import ops
 from biflow.models.layers import Layer
 from biflow.ops import _triton
+from biflow.ops.alignment import _Head
 
 from .triton_cases import BF16, F32, cases
 
@@ -93,7 +94,7 @@ def compiled(stem: str, call, architecture: int, folder: Path) -> list[Kernel]:
     module, launches, found = importlib.import_module(f"biflow.ops._triton.{stem}"), [], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
-        for name in ("forward", "backward", "add_partials"):
+        for name in ("forward", "backward", "add_partials", "products"):
             if hasattr(module, name):
                 patch.setattr(module, name, Recorder(getattr(module, name), launches))
         call(module)
@@ -124,6 +125,19 @@ def launch_norm(width, x, stream, y, kind, bias, backward):
             module.norm(row(width, x), w, b, kind, 1e-5, y)
         else:
             module.add_norm(row(width, x), row(width, stream), w, b, kind, 1e-5, y)
+
+    return call
+
+
+def launch_alignment(width, outputs, h, product, backward):
+    def call(module):
+        w, b = torch.zeros(width), torch.zeros(outputs)
+        head = _Head(w, w, torch.zeros(outputs, width), b, "layernorm", 1e-5, product, F32)
+        state, target = row(width, h).view(4, 256, width)[:, 8:], torch.zeros(4, 248, outputs)
+        if backward:
+            module.through(state, target, torch.zeros(4, 248), head)
+        else:
+            module.squares(state, target, head)
 
     return call
 

@@ -14,7 +14,7 @@ from biflow.ops._triton.norm import _place, place
 ROWS = 16  # of a program: the least that tl.dot takes
 BLOCK = 64  # channels
 OUTPUTS = 32  # at most
-PROGRAMS = 512  # of the sums over rows, about: as many partial sums are written
+PROGRAMS = 256  # of the sums over rows, about: as many partial sums are written
 
 
 @triton.jit
