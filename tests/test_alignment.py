@@ -274,6 +274,13 @@ def test_without_gradients_and_for_some_of_them():
     assert torch.equal(grad, all_grads[4])
 
 
+def test_numpy_arrays():
+    tensors, scale = make((2, 3, 8, 4))
+    options = dict(kind="layernorm", eps=1e-5)
+    got = ops.alignment_error(*(t.numpy() for t in tensors), scale=scale.numpy(), **options)
+    assert torch.equal(torch.from_numpy(got), ops.alignment_error(*tensors, scale=scale, **options))
+
+
 def test_autocast_changes_nothing():
     """dtype says what is rounded, not the surroundings."""
     tensors, scale = make((3, 4, 10, 5))

@@ -38,6 +38,12 @@ def main() -> None:
         y, h_out = ops.add_norm(x, h, weight, weight if kind == "layernorm" else None, kind=kind, eps=1e-5)
         y = ops.norm(ops.gate(y, gate)[:, : shape[1] // 2], weight[: shape[1] // 2], kind=kind, eps=1e-5)
         torch.autograd.grad(y.sum() + h_out.sum(), (x, h, weight))
+    for dtype, shape in ((None, (2, 20, 130, 5)), (torch.bfloat16, (3, 150, 768, 40))):
+        h, target = randn(*shape[:3]).requires_grad_(), randn(*shape[:2], shape[3])
+        weight, head = randn(shape[2]).requires_grad_(), randn(shape[3], shape[2]).requires_grad_()
+        options = {"scale": target[:, 1:, 0], "kind": "layernorm", "eps": 1e-5, "dtype": dtype}
+        error = ops.alignment_error(h[:, 1:], target[:, 1:], weight, weight, head, head[:, 0], **options)
+        torch.autograd.grad(error.sum(), (h, weight, head))
     for shape, layout in (((2, 700, 12), "scale_shift"), ((9, 5, 7), "interleaved")):
         x, z, raw, moved = randn(*shape), randn(*shape), randn(*shape[:2], 2 * shape[2]), randn(2, shape[0])
         ops.jacobi_update_(x, z, raw, moved, start=1, stop=shape[1], layout=layout, flip=True)

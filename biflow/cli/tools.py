@@ -12,7 +12,18 @@ import typer
 
 from biflow.cli.common import examples, model_file
 
-OPS = ("decode", "encode", "affine", "decode_block", "block_params", "jacobi_update", "attention", "norm", "gate")
+OPS = (
+    "decode",
+    "encode",
+    "affine",
+    "decode_block",
+    "block_params",
+    "jacobi_update",
+    "attention",
+    "norm",
+    "gate",
+    "alignment",
+)
 PACKAGE = "_biflow_benchmarks"  # the name under which benchmarks/ is imported: no other package has it
 DECODE = "Of decode:"
 

@@ -33,15 +33,15 @@ def alignment_error(
 ) -> Tensor:
     """E_b = sum_t scale_bt sum_d (p_btd - target_btd)^2, p = norm(h; norm_weight, norm_bias) head_weight^T + head_bias.
 
-    Hidden alignment (BiFlow, arXiv 2512.10953): how far what a head reads from a state h is from the trajectory. `norm`
-    as in ops.norm, by kind and eps. Neither norm(h) nor p is kept for the gradients: all is computed again from h.
+    Hidden alignment (BiFlow, arXiv 2512.10953): how far what a head reads from a state h is from the trajectory. The
+    norm is as in norm, by kind and eps. Neither norm(h) nor p is kept for the gradients: all is computed again from h.
 
     A mixture with a branch u that gets no gradient needs no op of its own, for ((p + w u) / (1 + w) - t)^2 is
     (p - target)^2 scale with target = (1 + w) t - w u and scale = 1 / (1 + w)^2.
 
     Args:
         h: (B,T,C), float32, bfloat16, float16 or float64, any strides, such as the tokens behind a prefix.
-        target: (B,T,D), any of these dtypes; float64 (as in all that follows) beside float64 h only.
+        target: (B,T,D), any of these dtypes; float64, here and below, beside float64 h only.
         norm_weight, norm_bias: (C,); the bias may be None.
         head_weight: (D,C). head_bias: (D,) or None.
         scale: (B,T), or (B,) for all tokens of a sample, or None: 1.
@@ -138,7 +138,7 @@ class _Head:
             self.offset = (self.bias + (exact * self.norm_bias).sum(1)).to(wide)
 
     def to_h(self):
-        """(D,C): the gradient to h is (g to_h - n s) r, with g the gradient to p, s the mean of n (g to_h), n = h r."""
+        """(D,C): the gradient to h is (g to_h - n s) r, with g that to p, s the mean of n (g to_h), r as in _read."""
         if self.kind == "rmsnorm":
             return self.folded
         return self.folded - self.folded.mean(1, keepdim=True)

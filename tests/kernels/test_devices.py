@@ -50,6 +50,11 @@ CASES = {  # a function, and the tensors that are its arguments: shape and dtype
         lambda *t, **o: ops.add_norm(*t, **NORM, **o), [((300, 96), F16), ((300, 96), F32)],
         {"weight": ((96,), F32), "bias": ((96,), F32)},
     ),
+    "alignment_error": (
+        lambda *t, **o: ops.alignment_error(*t, **NORM, **o),
+        [((3, 50, 96), F32), ((3, 50, 8), F32), ((96,), F32), ((96,), F32), ((8, 96), F32), ((8,), F32)],
+        {"scale": ((3, 50), F32)},
+    ),
     "gate": (lambda m: ops.gate(m, "swiglu"), [((300, 192), F32)], {}),
     "block_params": (lambda *t, **o: block(ops.block_params, *t, **o), BLOCK, CONTEXT),
     "decode_block": (lambda *t, **o: block(ops.decode_block, *t, **o), BLOCK, CONTEXT),

@@ -182,6 +182,34 @@ def test_compiles_without_spills_and_with_wide_accesses(name, architecture, tmp_
         assert first.uses(access) == first.uses(access + r"\.E\.128") > 0, first
 
 
+# name: C, D, dtypes of h and of what is multiplied; limits of registers as met, those of forward, backward, products
+ALIGNMENTS = {
+    "768 fp32": ((768, 16, F32, None), (64, 48, 160)),
+    "768 fp32, products of bf16": ((768, 16, F32, BF16), (64, 48, 160)),
+    "768 bf16": ((768, 16, BF16, BF16), (64, 48, 112)),
+    "8192, outputs in tiles": ((8192, 768, F32, None), (80, 64, 200)),
+    "ragged": ((130, 5, F32, None), (128, 64, 48)),
+}
+
+
+@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump")
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_alignment_compiles_without_spills(name, architecture, tmp_path):
+    shape, limits = ALIGNMENTS[name]
+    found = compiled("alignment", launch_alignment(*shape, backward=False), architecture, tmp_path)
+    assert [k.name for k in found] == ["forward"]
+    found += compiled("alignment", launch_alignment(*shape, backward=True), architecture, tmp_path)
+    assert [k.name for k in found[1:]] == ["forward", "backward", "products"]
+    for kernel, most in zip(found, (limits[0], *limits), strict=True):
+        assert kernel.stack == 0, kernel
+        assert kernel.registers <= most, kernel
+        assert kernel.shared <= 32_000, kernel
+    for kernel in found[2:]:  # what is as large as the state, or as its partial sums
+        assert kernel.uses("STG") == kernel.uses(r"STG\.E\.128") or name == "ragged", kernel
+    assert bool(found[0].uses("HMMA")) == (shape[3] is BF16)  # fp32 is not rounded to TF32
+
+
 # --- on a GPU -------------------------------------------------------------------------------------------------------
 
 
