@@ -200,6 +200,12 @@ def alignment_again(device: str):
     assert torch.equal(torch.cat(alone), runs[0][0])
 
 
+def alignment_tiles(device: str):
+    """One tile for few outputs, several for many: which changes speed alone."""
+    tile = importlib.import_module("biflow.ops._triton.alignment").tile
+    assert [tile(outputs)["OUTPUTS"] for outputs in (1, 16, 17, 33, 500)] == [16, 16, 32, 32, 32]
+
+
 def alignment_of_nothing(device: str):
     for batch, tokens in ((0, 3), (2, 0)):
         h, target, w = (torch.ones(s, device=device) for s in ((batch, tokens, 6), (batch, tokens, 2), (2, 6)))
@@ -367,11 +373,22 @@ def cases() -> dict[str, Callable[[str], None]]:
             found[f"alignment, {name}"] = partial(
                 alignment, shape=(*shape, 5), dtypes=ALIGNMENT_DTYPES["fp32"], view=view, **full
             )
+    found["alignment, beside channels that are NaN"] = partial(
+        alignment,
+        shape=(2, 5, 70, 5),
+        dtypes=ALIGNMENT_DTYPES["fp32"],
+        view=lambda t: torch.nn.functional.pad(t, (8, 8), value=math.nan)[..., 8:-8],
+        **full,
+    )
+    found["alignment, few channels of fp16"] = partial(
+        alignment, shape=(4, 1, 3, 2), dtypes=ALIGNMENT_DTYPES["fp16"], kind="rmsnorm", bias=True, scale=None
+    )
     found["alignment, a large mean"] = partial(
         alignment, shape=(2, 5, 200, 4), dtypes=ALIGNMENT_DTYPES["fp32"], mean=100, **full
     )
     for case in (
         alignment_again,
+        alignment_tiles,
         alignment_of_nothing,
         alignment_opcheck,
         only_one_output_is_used,

@@ -1,7 +1,8 @@
 """Squared errors of a head that reads a hidden state, and what their gradients need of that state.
 
 A program has ROWS rows and goes over their channels in chunks of BLOCK, over the head's outputs in tiles of OUTPUTS.
-C channels, D outputs; n: the normalised state. What is masked reads as 0. Products of float32 are not TF32.
+C channels, D outputs; n: the normalised state. What is masked reads as 0. Sums, and all that comes from the host but h,
+target and head_weight, are float32, to which Triton widens what meets them; products of float32 are not TF32.
 """
 
 import torch
@@ -50,17 +51,17 @@ def forward(
     for start in range(0, C, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (column < C)
-        value = (tl.load(source + column, inside, 0.0).to(tl.float32) - mean) * scale
-        value *= tl.load(norm_weight + column, column < C, 0.0).to(tl.float32)
+        value = (tl.load(source + column, inside, 0.0) - mean) * scale
+        value *= tl.load(norm_weight + column, column < C, 0.0)
         if norm_bias is not None:
-            value += tl.load(norm_bias + column, column < C, 0.0).to(tl.float32)
+            value += tl.load(norm_bias + column, column < C, 0.0)
         channel = start + tl.arange(0, BLOCK)[:, None]
         inside = (channel < C) & (output < D)
         weight = tl.load(head_weight + output.to(tl.int64) * C + channel, inside, 0.0)
         p = tl.dot(value.to(weight.dtype), weight, p, input_precision="ieee")
     p += tl.load(head_bias + output, output < D, 0.0)
     inside = (row < rows) & (output < D)
-    off = p - tl.load(target + row * D + output, inside, 0.0).to(tl.float32)
+    off = p - tl.load(target + row * D + output, inside, 0.0)
     if error is not None:
         tl.store(error + row * tiles + tile, tl.sum(off * off, 1, keep_dims=True), row < rows)
     else:
@@ -94,7 +95,7 @@ def backward(
     inside = (row < rows) & (column < C)
     mean = tl.load(moments + row * 2, row < rows, 0.0)
     scale = tl.load(moments + row * 2 + 1, row < rows, 0.0)
-    value = tl.load(h + _place(row, inner, outer_stride, stride) + column, inside, 0.0).to(tl.float32)
+    value = tl.load(h + _place(row, inner, outer_stride, stride) + column, inside, 0.0)
     result = (result - (value - mean) * scale * tilt) * scale
     tl.store(grad_h + row * C + column, result.to(grad_h.dtype.element_ty), inside)
 
@@ -113,8 +114,8 @@ def products(
         row = first + step * ROWS + tl.arange(0, ROWS)[:, None]
         mean = tl.load(moments + row * 2, row < rows, 0.0)
         scale = tl.load(moments + row * 2 + 1, row < rows, 0.0)
-        inside = (row < rows) & (column < C)
-        value = tl.load(h + _place(row, inner, outer_stride, stride) + column, inside, 0.0).to(tl.float32)
+        inside = (column < C) & (row < rows)
+        value = tl.load(h + _place(row, inner, outer_stride, stride) + column, inside, 0.0)
         line = first + step * ROWS + tl.arange(0, ROWS)[None, :]
         g = tl.load(grad + line * D + output, (line < rows) & (output < D), 0.0)
         total = tl.dot(g, (value - mean) * scale, total, input_precision="ieee")
