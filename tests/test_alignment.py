@@ -104,10 +104,17 @@ def test_rounded_products(kind, narrow):
         assert error <= 2 * allowed + torch.finfo(F32).eps, (name, error, allowed)
 
 
-def test_fp32_is_no_rounding():
-    tensors, scale = make((2, 5, 8, 3))
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_its_own_dtype_is_no_rounding(dtype):
+    tensors, scale = make((2, 5, 8, 3), dtype)
     options = dict(scale=scale, kind="layernorm", eps=1e-5)
-    assert torch.equal(ops.alignment_error(*tensors, dtype=F32, **options), ops.alignment_error(*tensors, **options))
+    assert torch.equal(ops.alignment_error(*tensors, dtype=dtype, **options), ops.alignment_error(*tensors, **options))
+
+
+def test_rounded_products_of_fp64():
+    tensors, scale = make((2, 5, 8, 3), F64)
+    options = dict(scale=scale, kind="layernorm", eps=1e-5, dtype=BF16)
+    torch.testing.assert_close(ops.alignment_error(*tensors, **options), reference.alignment_error(*tensors, **options))
 
 
 def test_half_states_beside_fp32_heads():
@@ -373,9 +380,7 @@ BAD = {
     "eps": (ValueError, "eps: expected a finite number > 0, got 0", {"eps": 0}),
     "eps text": (TypeError, "eps: expected a number, got str", {"eps": "1"}),
     "dtype": (TypeError, "dtype: expected float32, bfloat16.*got torch.float64", {"dtype": F64}),
-    "dtype of fp64": (
-        TypeError, "dtype: expected None beside h torch.float64, got torch.bfloat16",
-        {name: t.double() for name, t in GOOD.items()} | {"dtype": BF16}),
+    "dtype of integers": (TypeError, "dtype: expected float32, bfloat16.*got torch.int32", {"dtype": torch.int32}),
 }  # fmt: skip
 
 

@@ -47,8 +47,8 @@ def alignment_error(
         scale: (B,T), or (B,) for all tokens of a sample, or None: 1.
         kind: "layernorm" | "rmsnorm".
         eps: added to the norm's variance or mean square, > 0.
-        dtype: what norm(h) and head_weight are rounded to before they are multiplied, as autocast does: float32,
-            bfloat16, float16 or None: not at all. Sums are float32 (float64 for float64 h), p is not rounded.
+        dtype: what norm(h) and head_weight are rounded to before they are multiplied, as autocast does, any of these;
+            None: not at all. Sums are float32 (float64 for float64 h), p is not rounded.
 
     Returns:
         E: (B,) float32, float64 for float64 h.
@@ -98,9 +98,8 @@ def _check(h, target, norm_weight, norm_bias, head_weight, head_bias, scale, kin
         _check_beside("scale", scale, h)
         if scale.shape != h.shape[:2] and scale.shape != h.shape[:1]:
             raise ValueError(f"scale: expected shape ({batch}, {tokens}) or ({batch},), got {tuple(scale.shape)}")
-    if dtype is not None and (dtype not in _DTYPES[:3] or h.dtype == torch.float64):
-        wanted = "None" if h.dtype == torch.float64 else "float32, bfloat16, float16 or None"
-        raise TypeError(f"dtype: expected {wanted} beside h {h.dtype}, got {dtype}")
+    if dtype is not None and (dtype not in _DTYPES or (dtype == torch.float64 and h.dtype != dtype)):
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or None beside h {h.dtype}, got {dtype}")
     check_choice("kind", kind, KINDS)
     check_number("eps", eps, above=0)
 
