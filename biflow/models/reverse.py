@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from biflow import ops
 from biflow.config import check_fields, check_number
 from biflow.models.layers import (
     Layer,
@@ -26,6 +27,7 @@ from biflow.models.layers import (
     check_size,
     check_transformer,
     class_rows,
+    input_dtype,
     layers_in,
     mlp_width,
     rope_tables,
@@ -126,6 +128,26 @@ class GuidanceEmbedding(nn.Module):
         return h.unflatten(1, (self.tokens, -1))
 
 
+class Head(nn.Sequential):
+    """A norm and a linear layer, zero at first: what a hidden state (B,T,C) says of the trajectory, (B,T,D)."""
+
+    def __init__(self, norm: str, width: int, channels: int):
+        super().__init__(Norm(norm, width), nn.Linear(width, channels))
+        nn.init.zeros_(self[1].weight)
+        nn.init.zeros_(self[1].bias)
+
+    def error(self, h: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+        """E (B,): the sum of scale (head(h) - target)^2 over each sample, without head(h) or norm(h) being kept.
+
+        h (B,T,C), target (B,T,D), scale (B,T), the latter two without gradient: `ops.alignment_error`.
+        """
+        norm, linear = self
+        return ops.alignment_error(
+            h, target, norm.weight, norm.bias, linear.weight, linear.bias,
+            scale=scale, kind=norm.kind, eps=norm.eps, dtype=input_dtype(linear),
+        )  # fmt: skip
+
+
 class BiFlow(PassModule):
     """The learned inverse G: z (and a class, and a guidance strength) -> clean image, in one parallel pass.
 
@@ -154,12 +176,7 @@ class BiFlow(PassModule):
             for _ in range(c.num_groups)
         )
         # heads[k] reads the state after group k: k < B predicts x_{B-1-k}, k = B the clean image
-        self.heads = nn.ModuleList(
-            nn.Sequential(Norm(c.norm, c.width), nn.Linear(c.width, c.channels)) for _ in range(c.num_groups)
-        )
-        for head in self.heads:
-            nn.init.zeros_(head[1].weight)
-            nn.init.zeros_(head[1].bias)
+        self.heads = nn.ModuleList(Head(c.norm, c.width, c.channels) for _ in range(c.num_groups))
 
     def forward(
         self,
@@ -168,8 +185,9 @@ class BiFlow(PassModule):
         w: Tensor | None = None,
         *,
         return_states: bool = False,
+        return_hidden: bool = False,
         layer_dtype: torch.dtype | None = None,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, list[Tensor], list[Tensor]]:
         """One pass in token space; what training differentiates. Values are not checked here: see `decode`.
 
         Args:
@@ -177,11 +195,13 @@ class BiFlow(PassModule):
             y: labels (B,) int64; -1 or None: no class.
             w: guidance strength (B,), float >= 0 (0 where y is -1), for a model with max_guidance > 0; None: 0.
             return_states: also return the heads' predictions of the trajectory.
+            return_hidden: also return the hidden states that all heads but the output's read.
             layer_dtype: what the layers' products are rounded to; None: nothing, but for autocast.
 
         Returns:
-            the output's tokens (B,T,D): clean, or x_0 without learned_denoising; with return_states
-            (output, [x_0, ..., x_{B-1}] predictions, each (B,T,D), data order).
+            the output's tokens (B,T,D): clean, or x_0 without learned_denoising; with return_states after it
+            [x_0, ..., x_{B-1}] predictions, each (B,T,D), data order; with return_hidden after these the hidden states
+            (B,T,C) of x_0 (x_1 without learned_denoising), ..., x_{B-1}, as reversed(heads[:-1]) read them.
         """
         c, batch = self.config, z.shape[0]
         prefix = []
@@ -191,21 +211,27 @@ class BiFlow(PassModule):
             prefix.append(self.guidance_embed(z.new_zeros(batch) if w is None else w))
         length = sum(p.shape[1] for p in prefix)
         rope = (self.rope_cos, self.rope_sin) if c.rope else None
-        h, states, delta = self._embed(z, prefix), [], None
+        h, delta, states, hidden = self._embed(z, prefix), None, [], []
         for group, head in zip(self.groups, self.heads, strict=True):
             with layers_in(layer_dtype, z.device):
                 for layer in group:
                     h, delta = layer(h, delta, rope, causal=False, prefix=length)
             last = head is self.heads[-1]
-            if return_states or c.reembed_states or last:
+            if return_states or return_hidden or c.reembed_states or last:
                 h, delta = h + delta, None
-                states.append(head(h[:, length:]))
+                read = h[:, length:]
+                if return_hidden and not last:
+                    hidden.append(read)
+                if return_states or c.reembed_states or last:
+                    states.append(head(read))
             if c.reembed_states and not last:
                 h = self._embed(states[-1].to(z.dtype), prefix)
-        output = states[-1]
-        if not return_states:
-            return output
-        return output, (states[:-1] if c.learned_denoising else states)[::-1]
+        results = (states[-1],)
+        if return_states:
+            results += ((states[:-1] if c.learned_denoising else states)[::-1],)
+        if return_hidden:
+            results += (hidden[::-1],)
+        return results if len(results) > 1 else results[0]
 
     def _embed(self, x: Tensor, prefix: list[Tensor]) -> Tensor:
         """Tokens (B,T,D) -> the residual stream (B,N+T,C) behind the condition's N tokens."""

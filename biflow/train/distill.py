@@ -6,6 +6,8 @@ training time, norm control. What the paper leaves open is decided in docs/decis
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +26,39 @@ from biflow.train.trainer import check_data, fit
 SQUARE_FLOOR = 1e-2  # targets whose mean square is smaller (an even gray patch) do not blow up their errors
 
 
-def term(prediction: Tensor, target: Tensor, config: AlignmentConfig) -> tuple[Tensor, Tensor]:
-    """(loss, error) of one prediction (B,T,D) of one target (B,T,D).
+def term(
+    read: Callable[[Tensor, Tensor], Tensor],
+    target: Tensor,
+    config: AlignmentConfig,
+    guide: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(loss, error) of one prediction h (B,T,D) of one target t (B,T,D).
 
-    e = (prediction - target)^2 / s, s by config.normalize: 1; the mean of target^2 over the token's channels; its mean
-    over the sample's tokens and channels; the latter two at least 0.01. error = mean_b of m_b, m_b = mean of e.
+    e = (h - t)^2 / s, s by config.normalize: 1; the mean of t^2 over the token's channels; its mean over the sample's
+    tokens and channels; the latter two at least 0.01. error = mean_b of m_b, m_b = mean of e.
     loss = error for p = 0; else mean_b of sg((D_b + c)^-p) D_b, with D_b the sum of e over the sample.
+
+    Args:
+        read: h, as (target, scale) -> (B,): the sum of scale (h - target)^2 over each sample, scale (B,T). So h itself
+            need not be kept.
+        guide: (u, w), u (B,T,D) without gradient and w (B,): in the place of h stands (h + w u) / (1 + w), whose error
+            is of the same form: e = (h - t - w (t - u))^2 / ((1 + w)^2 s).
     """
-    square = target.square()
     if config.normalize == "token_rms":
-        scale = square.mean(2, keepdim=True).clamp_min(SQUARE_FLOOR)
+        square = target.square().mean(2).clamp_min(SQUARE_FLOOR)
     elif config.normalize == "mean_square":
-        scale = square.mean((1, 2), keepdim=True).clamp_min(SQUARE_FLOOR)
+        square = target.square().mean((1, 2))[:, None].clamp_min(SQUARE_FLOOR)
     else:
-        scale = torch.ones_like(square[:, :1, :1])
-    error = ((prediction.to(target.dtype) - target).square() / scale).flatten(1)
-    mean = error.mean()
+        square = torch.ones_like(target[:, :1, 0])
+    scale = (1 / square).expand(target.shape[:2])
+    if guide is not None:
+        free, w = guide
+        scale = scale / (1 + w[:, None]) ** 2
+        target = target + w.view(-1, 1, 1) * (target - free)
+    total = read(target, scale)
+    mean = total.mean() / target[0].numel()
     if config.adaptive_power == 0:
         return mean, mean.detach()
-    total = error.sum(1)
     weight = (total.detach() + config.adaptive_constant) ** -config.adaptive_power
     return (weight * total).mean(), mean.detach()
 
@@ -110,21 +126,23 @@ def alignment_loss(
     if training:
         label = drop_labels(label, config.label_drop, generator)
         if own.max_guidance:
-            w = draw_guidance(len(x), own.max_guidance, config.guidance_draw, generator, x.device)
+            w = draw_guidance(len(x), own.max_guidance, config.guidance_draw, generator, x.device).to(z.dtype)
             w = torch.zeros_like(w) if label is None else torch.where(label < 0, 0.0, w)
-    predictions = _predict(inverse, z, label, w, weights.has_states)
+    output, found = _follow(inverse, z, label, w, weights.has_states)
+    guides = [None] * len(found)
     if w is not None:
         with torch.no_grad():
-            free = _predict(inverse, z, None, None, weights.has_states)
-        mix = w.view(-1, 1, 1)
-        predictions = [(h + mix * u) / (1 + mix) for h, u in zip(predictions, free, strict=True)]
+            free, *others = _predict(inverse, z, None, None, weights.has_states)
+        mix, guides = w.view(-1, 1, 1), [(u, w) for u in others]
+        output = (output + mix * free) / (1 + mix)
     loss, errors = x.new_zeros(()), {}
-    shares = (weights.weight_output, *(weights.state_weights(len(targets) - 1) if weights.has_states else ()))
-    for (name, target), prediction, share in zip(targets.items(), predictions, shares, strict=True):
-        value, errors[name] = term(prediction, target, weights)
+    terms = zip([partial(squared_error, output), *found], [None, *guides], strict=True)
+    shares = (weights.weight_output, *(weights.state_weights(len(found)) if weights.has_states else ()))
+    for (name, target), (read, guide), share in zip(targets.items(), terms, shares, strict=True):
+        value, errors[name] = term(read, target, weights, guide)
         loss = loss + share * value
     if perceptual is not None:
-        pair = (unpatchify(h, own.patch_size) for h in (predictions[0], targets["output"]))
+        pair = (unpatchify(h, own.patch_size) for h in (output, targets["output"]))
         value, distances = perceptual.loss(*pair, generator, weights)
         loss, errors = loss + value, errors | distances
     return loss, errors | norms
@@ -154,12 +172,29 @@ def draw_guidance(
     return torch.expm1(u * math.log1p(largest)).clamp_max(largest) if draw == "log_uniform" else largest * u
 
 
+def squared_error(prediction: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    """(B,): the sum of scale (prediction - target)^2 over each sample; (B,T,D) both, scale (B,T)."""
+    return ((prediction - target).square().sum(2) * scale).sum(1)
+
+
 def _predict(inverse: BiFlow, z: Tensor, y: Tensor | None, w: Tensor | None, states: bool) -> list[Tensor]:
-    """[output, x_0, ..., x_{B-1}] (from x_1 on, where x_0 is the output), or [output]: G's predictions in fp32."""
+    """[output, x_0, ..., x_{B-1}] (from x_1 on, where x_0 is the output), or [output]: G's predictions in z's dtype."""
     if not states:
-        return [inverse(z, y, w).float()]
-    output, hidden = inverse(z, y, w, return_states=True)
-    return [h.float() for h in (output, *hidden[0 if inverse.config.learned_denoising else 1 :])]
+        return [inverse(z, y, w).to(z.dtype)]
+    output, predictions = inverse(z, y, w, return_states=True)
+    return [h.to(z.dtype) for h in (output, *predictions[0 if inverse.config.learned_denoising else 1 :])]
+
+
+def _follow(
+    inverse: BiFlow, z: Tensor, y: Tensor | None, w: Tensor | None, states: bool
+) -> tuple[Tensor, list[Callable[[Tensor, Tensor], Tensor]]]:
+    """The output as `_predict` has it, and how `term` reads each state: if nothing else does, without predictions."""
+    if not states or inverse.config.reembed_states:
+        output, *predictions = _predict(inverse, z, y, w, states)
+        return output, [partial(squared_error, h) for h in predictions]
+    output, hidden = inverse(z, y, w, return_hidden=True)
+    heads = reversed(inverse.heads[:-1])
+    return output.to(z.dtype), [partial(head.error, h) for head, h in zip(heads, hidden, strict=True)]
 
 
 class Alignment:
