@@ -203,6 +203,7 @@ WRONG = {  # an op of ours, and its rows
     "add_norm": {"add_norm", "add_norm backward"},
     "gate": {"gate swiglu", "gate swiglu backward", "gate gelu", "gate gelu backward"},
     "jacobi_update_": {"jacobi_update_"},
+    "alignment_error": {"alignment_error forward + backward"},
 }
 
 

@@ -16,7 +16,7 @@ from biflow import ops, reference
 from biflow.ops.attention import apply_rope
 
 from .limits import Case, bound, share
-from .parity import error
+from .parity import BOUNDS, error
 from .timing import Call, Timer, Times
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -54,6 +54,11 @@ ATTENTION = [
 TRAINED = ("B/2 reverse batch 64", "B/2 forward batch 64")
 # name, rows, width
 NORM = [("B/2 batch 1", 264, 768), ("B/2 batch 64", 64 * 264, 768), ("B/2 batch 256", 256 * 264, 768)]
+# name, (B, T, C, D), dtype of the products: None: fp32
+ALIGNMENT = [
+    ("B/2 batch 64", (64, 256, 768, 16), None),
+    ("B/2 batch 64, bf16 products", (64, 256, 768, 16), BF16),
+]
 COMPILED = {("affine_encode", "fp32, 403 MB"), ("attention_qkv", "B/2 reverse batch 64")}
 COMPILED |= {(op, "B/2 batch 64") for op in ("add_norm", "gate swiglu")}
 BACKENDS = {False: "inductor", True: "eager"}  # a dry run has of the compiler what is before the code generator
@@ -65,6 +70,7 @@ def cases(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
     yield from jacobi_update(timer, limits, dry)
     yield from attention(timer, limits, dry)
     yield from norm_and_gate(timer, limits, dry)
+    yield from alignment(timer, limits, dry)
 
 
 def compiled(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
@@ -323,3 +329,38 @@ def torch_add_norm(delta, h, weight):
 def torch_gate(m):
     a, b = m.chunk(2, dim=-1)
     return F.silu(a) * b
+
+
+def alignment(timer: Timer, limits: list[dict], dry: bool) -> Iterator[Case]:
+    for case in ALIGNMENT:
+        labels = {"op": "alignment_error forward + backward", "case": case[0]}
+        yield Case(labels, partial(_alignment, timer, limits, dry, case))
+
+
+def _alignment(timer, limits, dry, case) -> dict:
+    """One head of a training step, with a LayerNorm."""
+    _, (B, T, C, D), dtype = case
+    B = B if not dry else 1
+    h, target, head = _randn(timer, B, T, C), _randn(timer, B, T, D), _randn(timer, D, C) / C**0.5
+    norm = torch.ones(C, device=timer.device)
+    leaves = tuple(t.requires_grad_() for t in (h, norm, torch.zeros_like(norm), head, torch.zeros_like(head[:, 0])))
+
+    def call(f, leaves=leaves, target=target, dtype=dtype):
+        e = f(leaves[0], target, *leaves[1:], kind="layernorm", eps=1e-5, dtype=dtype)
+        return e.detach(), *torch.autograd.grad(e.sum(), leaves)
+
+    wide = tuple(t.requires_grad_() for t in _wide(leaves))
+    want = call(reference.alignment_error, wide, target.double(), None)
+    check = partial(error, want=want, bound=BOUNDS[dtype or F32])
+    functions = {"ours": ops.alignment_error, "eager": torch_alignment}
+    calls = {who: Call(partial(call, f), graph=False) for who, f in functions.items()}
+    moved = 3 * h.nbytes  # h for the errors and for the gradients, and its gradient
+    times = timer(calls, cold=moved > L2_BYTES, check=check)
+    return _row(times, bound(limits, {"copy": moved}), moved, gb_s=moved / 1e9)
+
+
+def torch_alignment(h, target, norm_weight, norm_bias, head_weight, head_bias, *, kind, eps, dtype):
+    y = F.layer_norm(h, h.shape[-1:], norm_weight, norm_bias, eps)
+    if dtype is not None:
+        y, head_weight, head_bias = (t.to(dtype) for t in (y, head_weight, head_bias))
+    return (F.linear(y, head_weight, head_bias).float() - target).square().sum((1, 2))
