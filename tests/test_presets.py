@@ -5,6 +5,7 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import biflow
 from biflow import cli, presets, train
@@ -63,6 +64,19 @@ def test_preset_parameter_counts(name, millions):
     assert (c.tokens, c.channels, c.num_blocks) == (256, 16, 8)
     assert (c.norm, c.gate, c.qk_norm, c.rope) == ("rmsnorm", "swiglu", True, True)
     assert c.class_tokens > 0
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_info_says_what_a_preset_is_and_its_data(name, capsys):
+    assert cli.main(["info", name]) == 0
+    about, rest = capsys.readouterr().out.split("\n\nparameters: ")
+    count, settings = rest.split("\n\n", 1)
+    with torch.device("meta"):
+        model = build(name)[1]
+    assert int(count.replace(",", "")) == sum(p.numel() for p in model.parameters())
+    assert about.startswith("Stage ")
+    assert "#" not in about
+    assert yaml.safe_load(settings) == presets.read(name)
 
 
 def test_sizes_grow():

@@ -232,17 +232,21 @@ def evaluate(
 
 def info(
     checkpoint: Annotated[
-        str | None, typer.Argument(metavar="[CKPT]", help="A model file or a finished run's folder to describe.")
+        str | None,
+        typer.Argument(metavar="[CKPT_OR_PRESET]", help="A model file, a finished run, or a preset."),
     ] = None,
 ) -> None:
-    """What this build and this machine offer, or what a checkpoint holds."""
+    """What this build and this machine offer, what a checkpoint holds, or what a preset is and the data it expects."""
     import torch
     import yaml
 
     import biflow
-    from biflow import ops  # noqa: F401  (registers torch.ops.biflow)
+    from biflow import ops, presets  # noqa: F401  (ops registers torch.ops.biflow)
 
-    if checkpoint is not None:
+    if checkpoint in presets.names() and not Path(checkpoint).exists():
+        typer.echo(f"{presets.about(checkpoint)}\n\nparameters: {presets.parameters(checkpoint):,}\n")
+        found = presets.read(checkpoint)
+    elif checkpoint is not None:
         from biflow.checkpoint import POLICY, describe
         from biflow.solvers import Policy
 
@@ -394,5 +398,5 @@ COMMANDS = (
             "biflow evaluate flow.safetensors --data digits --guidance 0 --guidance 1",
         ),
     ),
-    ("info", info, examples("biflow info", "biflow info runs/flow")),
+    ("info", info, examples("biflow info", "biflow info runs/flow", "biflow info fashion_flow")),
 )

@@ -1,5 +1,6 @@
 """Training configurations by name, and from YAML files."""
 
+import itertools
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,25 @@ def names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
+def about(name: str) -> str:
+    """What a preset says of itself: the comment that it begins with. ValueError: no such preset."""
+    lines = _text(name).splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in comment)
+
+
+def parameters(name: str, overrides: Sequence[str] = ()) -> int:
+    """How many numbers the model of a preset or YAML file learns; needs no memory for them. Errors as `training`."""
+    import torch
+
+    from biflow.models import BiFlow, BiFlowConfig, TarFlow
+
+    config = training(name, overrides).model
+    with torch.device("meta"):
+        model = (BiFlow if isinstance(config, BiFlowConfig) else TarFlow)(config)
+    return sum(p.numel() for p in model.parameters())
+
+
 def read(source: str) -> dict[str, Any]:
     """The mapping in a preset (by name) or a YAML file (by path, ending in .yaml or .yml).
 
@@ -35,10 +55,8 @@ def read(source: str) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{source}: expected YAML in UTF-8; {error}") from None
-    elif source in names():
-        text = (resources.files("biflow.presets") / f"{source}.yaml").read_text(encoding="utf-8")
     else:
-        raise ValueError(f"expected a .yaml file or a preset ({', '.join(names())}), got {source!r}")
+        text = _text(source)
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
@@ -48,6 +66,12 @@ def read(source: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a mapping of settings, got {type(values).__name__}")
     return values
+
+
+def _text(name: str) -> str:
+    if name not in names():
+        raise ValueError(f"expected a .yaml file or a preset ({', '.join(names())}), got {name!r}")
+    return (resources.files("biflow.presets") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def training(source: str, overrides: Sequence[str] = (), stage: str | None = None) -> "FlowTraining | InverseTraining":
