@@ -350,7 +350,7 @@ BAD = {
     "output nowhere": ("sample {runs}/flow --out {new}/s.png", "--out: expected an existing folder"),
     "inverse alone": ("evaluate {runs}/inverse", "--flow: expected with a learned inverse"),
     "checkpoint without a run": ("evaluate {tmp}/alone.safetensors", "expected --data"),
-    "no such op": ("bench --op fft", "attention, norm, gate, got 'fft'"),
+    "no such op": ("bench --op fft", "attention, norm, gate, alignment, got 'fft'"),
     "demo in a used folder": ("demo --out {runs}/flow", "the folder is not empty"),
     "demo resumed elsewhere": ("demo --out {runs}/flow --resume", "expected the configuration of a demo"),
 }  # fmt: skip
