@@ -118,6 +118,20 @@ def test_bad_calls(study, capsys):
     assert "--seeds: expected integers separated by commas, got 'a'" in capsys.readouterr().err
 
 
+def test_results_in_the_repository_are_of_its_rows_as_they_are():
+    """So that a table is filled over several sittings, and a row that is changed is noticed."""
+    root = Path(__file__).parents[1]
+    files = sorted((root / "benchmarks/ablations/fashion_mnist/results").glob("*.json"))
+    assert files
+    for file in files:
+        found = json.loads(file.read_text())
+        row = ablation.read_row(root / f"configs/ablations/{found['row']}.yaml")
+        assert file.stem == f"{found['row']}-{found['seed']}"
+        assert found["title"] == row.title
+        want = runner._configuration(*row.training(found["seed"], []), row.evaluation)
+        assert runner._with_defaults(found["configuration"]) == want
+
+
 # --- orderings --------------------------------------------------------------------------------------------------------
 
 

@@ -126,15 +126,11 @@ def _result(
     progress: bool,
 ) -> dict:
     flow_config, inverse_config = row.training(seed, settings)
-    configuration = {
-        "flow": to_mapping(flow_config),
-        "inverse": None if inverse_config is None else to_mapping(inverse_config),
-        "evaluation": to_mapping(row.evaluation),
-    }
+    configuration = _configuration(flow_config, inverse_config, row.evaluation)
     file = out / "results" / f"{name}-{seed}.json"
     if file.is_file():
         found = json.loads(file.read_text())
-        check_same(_with_defaults(found["configuration"]), _without_place(configuration), str(file))
+        check_same(_with_defaults(found["configuration"]), configuration, str(file))
         return found
     flow_run, inverse_run = out / "flows" / _digest(flow_config), None
     flow = train_flow(flow_config, flow_run, resume=True, progress=progress)
@@ -151,7 +147,7 @@ def _result(
             "flow": train_seconds(flow_run),
             "inverse": None if rev is None else train_seconds(inverse_run),
         },
-        "configuration": _without_place(configuration),
+        "configuration": configuration,
         "environment": {"biflow": biflow.__version__, **environment()},
     }
     with replacing(file) as temporary:
@@ -174,6 +170,12 @@ def _passes(flow: TarFlow, rev: BiFlow | None, guidance: float) -> int:
     if rev is None:
         return flow.config.num_blocks * flow.blocks[0].sequential_passes
     return 2 if guidance > 0 and not rev.config.max_guidance else 1
+
+
+def _configuration(flow: FlowTraining, inverse: InverseTraining | None, evaluation: EvaluationConfig) -> dict:
+    """All that determines a result, as it is stored in it."""
+    stages = {"flow": flow, "inverse": inverse, "evaluation": evaluation}
+    return _without_place({k: None if c is None else to_mapping(c) for k, c in stages.items()})
 
 
 def _without_place(configuration: dict) -> dict:
