@@ -31,7 +31,7 @@ from biflow import ops, train
 from biflow.models.reverse import Head
 from biflow.train import distill
 
-from .timing import copy_function, keep_memory, main, ratio, turns
+from .timing import copy_function, keep_memory, main, ratio, resident_bytes, turns
 
 # B, T, C, D: heads of the configurations S, M and iTARFlow-B/2
 CASES = [("S 64", (64, 16, 128, 4)), ("M 64", (64, 49, 256, 16)), ("B/2 16", (16, 256, 768, 16))]
@@ -86,14 +86,9 @@ def extra_bytes(form: str, kind: str, shape: tuple[int, int, int, int]) -> int:
 
     loss([head((1, 2, *shape[2:]), kind)]).backward()  # torch's threads and libraries
     heads = [head(shape, kind, seed) for seed in range(HEADS)]
-    before = _status("VmRSS")
+    before = resident_bytes("VmRSS")
     loss(heads).backward()
-    return max(_status("VmHWM"), before) - before - heads[0][0][0].nbytes
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+    return max(resident_bytes("VmHWM"), before) - before - heads[0][0][0].nbytes
 
 
 def _in_a_new_process(*args: object) -> int | None:

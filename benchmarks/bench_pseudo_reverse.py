@@ -22,7 +22,7 @@ from biflow.evaluate import eager_decode_block
 from biflow.models import TarFlow
 
 from .flows import random_flow
-from .timing import keep_memory, main, ratio, turns
+from .timing import keep_memory, main, ratio, resident_bytes, turns
 
 WAYS = ("sequential", "cached", "live", "sequential values", "decode values", "cached values")
 BOUND = 1e-4  # of states and of gradients, relative to the largest: fp32 sums in another order, through all blocks
@@ -111,15 +111,9 @@ def _grown(side: int, batch: int, way: str, threads: int) -> float:
     torch.set_num_threads(threads)
     call = Task(side, batch).call(way)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, that of the imports, is forgotten
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     call()
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> float:
-    """MB, of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+    return (resident_bytes("VmHWM") - before) / 2**20
 
 
 if __name__ == "__main__":

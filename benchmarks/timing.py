@@ -31,6 +31,12 @@ def machine_info() -> dict:
     }
 
 
+def resident_bytes(name: str) -> int:
+    """Of this process, by /proc/self/status (Linux): "VmRSS", the resident memory, or "VmHWM", its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
 def commit() -> str:
     try:
         out = subprocess.run(

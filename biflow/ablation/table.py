@@ -31,11 +31,10 @@ def table(results: dict[str, list[dict]]) -> str:
     for found in results.values():
         best = best_guidance(found)
         cells = [found[0]["title"], str(len(found))]
-        for guidance in (0.0, best):
-            samples = list(at_guidance(found, guidance).values())
-            if guidance is best:
-                cells += [f"{best:g}", str(samples[0]["passes"])]
-            cells += [_cell([s[key] for s in samples]) for key in shown]
+        without, at_best = (list(at_guidance(found, guidance).values()) for guidance in (0.0, best))
+        cells += [_cell([s[key] for s in without]) for key in shown]
+        cells += [f"{best:g}", str(at_best[0]["passes"])]
+        cells += [_cell([s[key] for s in at_best]) for key in shown]
         cells += [_cell([r.get(key) for r in found]) for key in ("reconstruction_mse", "held_out_bits_per_dim")]
         lines.append(f"| {' | '.join(cells)} |")
     floors = [[r["data"][f"{key}_held_out"] for found in results.values() for r in found] for key in shown[:3]]

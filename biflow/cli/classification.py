@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from biflow.cli.common import Checkpoint, Device, Seed, data_config, examples, load_model
+from biflow.cli.common import Checkpoint, Device, Seed, data_config, examples, load_model, pick_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,6 @@ def classify(
     Held-out images if there are any. Prints JSON: by rule the accuracy and calibration where the images have labels,
     and how many images each class got; with --rule both also how often the two agree.
     """
-    import torch
-
     from biflow import data as datasets
     from biflow import evaluate
 
@@ -59,13 +57,8 @@ def classify(
     flow = load_model(checkpoint, "TarFlow", device=device)
     loaded = datasets.load(data_config(data, checkpoint, flow.config.img_size))
     evaluate.check_data(flow, loaded)
-    held_out = len(loaded.val_x) > 0
-    images, labels = (loaded.val_x, loaded.val_y) if held_out else (loaded.train_x, loaded.train_y)
-    rows = torch.arange(len(images))
-    if n is not None and n < len(rows):
-        rows = rows[torch.arange(n) * len(rows) // n]
-    x, y = images.batch(rows), None if labels is None else labels[rows]
-    report: dict = {"images": len(x), "held_out": held_out, "noise_draws": noise_draws}
+    x, y = pick_images(loaded, n)
+    report: dict = {"images": len(x), "held_out": len(loaded.val_x) > 0, "noise_draws": noise_draws}
     found = {}
     for name in ("gradient", "bayes") if rule == "both" else (rule,):
         start = time.perf_counter()

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from biflow.data import DataConfig
+    from biflow.data import DataConfig, ImageData
     from biflow.models import BiFlow, TarFlow
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -152,3 +152,24 @@ def _run_data(checkpoint: str) -> "DataConfig | None":
 
 def _same_source(a: str, b: str) -> bool:
     return a == b or ("digits" not in (a, b) and Path(a).expanduser().resolve() == Path(b).expanduser().resolve())
+
+
+def pick_images(data: "ImageData", n: int | None, label: int | None = None) -> "tuple[Tensor, Tensor | None]":
+    """At most n images (None: all), and their labels: held-out ones if there are any, evenly spaced, of class `label`.
+
+    ValueError: none of that class.
+    """
+    import torch
+
+    from biflow.data import spread
+
+    held_out = len(data.val_x) > 0
+    images, labels = (data.val_x, data.val_y) if held_out else (data.train_x, data.train_y)
+    rows = torch.arange(len(images))
+    if label is not None and labels is not None:
+        rows = rows[labels == label]
+        if len(rows) == 0:
+            raise ValueError(f"--images: expected images of class {label}, got none of {len(images)}")
+    if n is not None:
+        rows = rows[spread(len(rows), n)]
+    return images.batch(rows), None if labels is None else labels[rows]

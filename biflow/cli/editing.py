@@ -14,6 +14,7 @@ from biflow.cli.common import (
     examples,
     load_model,
     own_data,
+    pick_images,
     picture_file,
     write_npz,
 )
@@ -118,7 +119,7 @@ def inpaint(
         judge = RealData.of(data, EvaluationConfig(seed=seed)).judge
         if judge is None:
             raise ValueError("--agreement: expected images with labels of two classes or more, got none")
-    x, own = _pick(data, n)
+    x, own = pick_images(data, n)
     y = _labels(flow, own, label, len(x))
     generator = torch.Generator().manual_seed(seed)
 
@@ -178,7 +179,7 @@ def edit(
         if value >= classes:
             have = f"a class in [0, {classes})" if classes else "a flow with classes"
             raise ValueError(f"{name}: expected {have}, got {value}")
-    x, _ = _pick(_data(flow, checkpoint, images), n, source)
+    x, _ = pick_images(_data(flow, checkpoint, images), n, source)
     generator = torch.Generator().manual_seed(seed)
 
     def edited(x: "Tensor", _: None) -> tuple["Tensor", ...]:
@@ -222,7 +223,7 @@ def interpolate(
     if label == "own":
         raise ValueError("--class: expected a class or none, got 'own'")
     y = _labels(flow, None, label, n)
-    x, _ = _pick(_data(flow, checkpoint, images), 2 * n, None if y is None else int(label))
+    x, _ = pick_images(_data(flow, checkpoint, images), 2 * n, None if y is None else int(label))
     if len(x) < 2 * n:
         raise ValueError(f"--n: expected at most {len(x) // 2} pairs of the {len(x)} images, got {n}")
     generator = torch.Generator().manual_seed(seed)
@@ -291,22 +292,6 @@ def _data(flow: "TarFlow", checkpoint: str, source: str | None) -> "ImageData":
     data = datasets.load(config)
     evaluate.check_data(flow, data)
     return data
-
-
-def _pick(data: "ImageData", n: int, label: int | None = None) -> "tuple[Tensor, Tensor | None]":
-    """At most n images, and their labels: held-out ones if there are any, evenly spaced, of class `label`."""
-    import torch
-
-    held_out = len(data.val_x) > 0
-    images, labels = (data.val_x, data.val_y) if held_out else (data.train_x, data.train_y)
-    rows = torch.arange(len(images))
-    if label is not None and labels is not None:
-        rows = rows[labels == label]
-        if len(rows) == 0:
-            raise ValueError(f"--images: expected images of class {label}, got none of {len(images)}")
-    n = min(n, len(rows))
-    rows = rows[torch.arange(n) * len(rows) // n]
-    return images.batch(rows), None if labels is None else labels[rows]
 
 
 def _labels(flow: "TarFlow", own: "Tensor | None", label: str, n: int) -> "Tensor | None":

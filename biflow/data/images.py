@@ -12,6 +12,11 @@ from torch import Tensor
 from biflow.config import check_fields
 
 
+def spread(count: int, limit: int) -> Tensor:
+    """At most `limit` of the indices 0..count-1, evenly spaced, int64."""
+    return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where images come from.

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from biflow.evaluate.features import check_features
+
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared 2-Wasserstein distance between Gaussians fitted to two sets of features.
@@ -23,22 +25,13 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         ValueError: not two matrices of equal F, NaN or infinite values, or fewer than F + 1 rows (a singular
             covariance).
     """
-    for name, features in (("a", a), ("b", b)):
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
-            raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
-        if features.dim() != 2:
-            raise ValueError(f"{name}: expected features (N, F), got shape {tuple(features.shape)}")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"b: expected {a.shape[1]} features as in a, got {b.shape[1]}")
+    check_features(a=a, b=b)
     for name, features in (("a", a), ("b", b)):
         if features.shape[0] < features.shape[1] + 1:
             raise ValueError(
                 f"{name}: expected at least {features.shape[1] + 1} samples for {features.shape[1]} features, "
                 f"got {features.shape[0]}"
             )
-        if not bool(torch.isfinite(features).all()):
-            raise ValueError(f"{name}: expected finite features, got NaN or infinite values")
     mean_a, cov_a = _moments(a)
     mean_b, cov_b = _moments(b)
     root_a = _root(cov_a)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from biflow.config import check_fields, check_number
-from biflow.data import ImageData, in_range
+from biflow.data import ImageData, in_range, spread
 from biflow.evaluate.classifier import FEATURES, Judge, train_judge
 from biflow.evaluate.frechet import frechet_distance
 from biflow.evaluate.precision_recall import precision_recall
@@ -72,7 +72,7 @@ class RealData:
         """Both splits of `data` as tensors; trains the classifier if there are labels. ValueError: nothing held out."""
         if len(data.val_x) == 0:
             raise ValueError("data: expected held-out images to evaluate on, got none (val_fraction or a test split)")
-        train, val = _spread(len(data.train_x), config.train_images), _spread(len(data.val_x), config.held_out_images)
+        train, val = spread(len(data.train_x), config.train_images), spread(len(data.val_x), config.held_out_images)
         train_x, val_x = data.train_x.batch(train), data.val_x.batch(val)
         train_y = None if data.train_y is None else data.train_y[train]
         val_y = None if data.val_y is None else data.val_y[val]
@@ -322,11 +322,6 @@ def _labels(model: TarFlow | BiFlow, y: Tensor | None) -> Tensor | None:
     return y if model.config.num_classes else None
 
 
-def _spread(count: int, limit: int) -> Tensor:
-    """At most `limit` of the indices 0..count-1, evenly spaced."""
-    return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
-
-
 def _batched(call: Callable, model: TarFlow | BiFlow, z: Tensor, y: Tensor | None, size: int) -> Tensor:
     """call(z, y) in parts on the model's device; the result is on that of z."""
     parts, device = [], _device(model)
@@ -348,7 +343,7 @@ def _feature_metrics(real: RealData, images: Tensor) -> dict[str, float | None]:
     if real.judge is None or min(len(images), len(real.train_x)) <= FEATURES:
         return dict.fromkeys(names)
     features, train = real.judge.features(images), real.train_features
-    as_many = train[_spread(len(train), len(features))]
+    as_many = train[spread(len(train), len(features))]
     return dict(zip(names, (frechet_distance(features, train), *precision_recall(as_many, features)), strict=True))
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from biflow.evaluate.features import check_features
+
 _ROWS = 512  # whose distances to all others are held at once
 
 
@@ -24,21 +26,12 @@ def precision_recall(real: Tensor, samples: Tensor, *, k: int = 3) -> tuple[floa
         TypeError: not floating-point tensors.
         ValueError: not two matrices of equal F, NaN or infinite values, no more than k rows.
     """
-    for name, features in (("real", real), ("samples", samples)):
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
-            raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
-        if features.dim() != 2:
-            raise ValueError(f"{name}: expected features (N, F), got shape {tuple(features.shape)}")
+    check_features(real=real, samples=samples)
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k: expected an int of at least 1, got {k!r}")
-    if real.shape[1] != samples.shape[1]:
-        raise ValueError(f"samples: expected {real.shape[1]} features as in real, got {samples.shape[1]}")
     for name, features in (("real", real), ("samples", samples)):
         if len(features) <= k:
             raise ValueError(f"{name}: expected more than k = {k} rows, got {len(features)}")
-        if not bool(torch.isfinite(features).all()):
-            raise ValueError(f"{name}: expected finite features, got NaN or infinite values")
     real, samples = real.detach().double(), samples.detach().double()
     return _share_covered(samples, real, k), _share_covered(real, samples, k)
 

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
 SCALES = ("exp", "softplus", "sigmoid")
 CLIPS = ("hard", "tanh")
 CLIP_ON = ("both", "scale")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Kernels of fp32 take numbers as fp32: from OVERFLOWS on that is infinite, up to VANISHES it is 0.
 OVERFLOWS, VANISHES = 2.0**128 - 2.0**103, 2.0**-150
 # device types that this build has kernels for: the CUDA kernels are built together, where nvcc is
@@ -25,6 +27,17 @@ DEVICES = tuple(
 def check_tensor(name: str, t: object) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+
+
+def check_floats_beside(name: str, t: object, x: Tensor, x_name: str) -> None:
+    """t has one of the dtypes FLOATS, float64 beside float64 x only, and is where x, called x_name, is."""
+    check_tensor(name, t)
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+    if t.dtype == torch.float64 and x.dtype != torch.float64:
+        raise TypeError(f"{name}: float64 goes with float64 {x_name} only, got {t.dtype} beside {x_name} {x.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like {x_name}, got {t.device}")
 
 
 def no_kernels(kind: str) -> str:
@@ -105,7 +118,7 @@ def check_buffer(name: str, buffer: object, shape: tuple, reads: tuple[Tensor | 
         raise RuntimeError(f"{name}: expected a call under torch.no_grad(): what is written there has no graph")
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from biflow.ops._arrays import takes_arrays
-from biflow.ops._checks import check_choice, check_number, check_tensor
+from biflow.ops._checks import FLOATS, check_choice, check_floats_beside, check_number, check_tensor
 from biflow.ops._triton import kernels
 from biflow.ops.norm import KINDS
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WIDEST = 8192  # channels that the Triton kernels are tested for
 _CHUNK = 1 << 20  # bytes of hidden state a core works on at a time: with what is made of them they stay in its cache
 
@@ -74,12 +73,12 @@ def alignment_error(
 
 def _check(h, target, norm_weight, norm_bias, head_weight, head_bias, scale, kind, eps, dtype):
     check_tensor("h", h)
-    if h.dtype not in _DTYPES:
+    if h.dtype not in FLOATS:
         raise TypeError(f"h: expected float32, bfloat16, float16 or float64, got {h.dtype}")
     if h.dim() != 3 or h.shape[2] == 0:
         raise ValueError(f"h: expected (B, T, C) with at least one channel, got shape {tuple(h.shape)}")
     batch, tokens, width = h.shape
-    _check_beside("target", target, h)
+    check_floats_beside("target", target, h, "h")
     if target.dim() != 3 or target.shape[:2] != h.shape[:2] or target.shape[2] == 0:
         raise ValueError(f"target: expected shape ({batch}, {tokens}, D) with D >= 1, got {tuple(target.shape)}")
     outputs = target.shape[2]
@@ -91,27 +90,17 @@ def _check(h, target, norm_weight, norm_bias, head_weight, head_bias, scale, kin
     ):
         if t is None and name.endswith("bias"):
             continue
-        _check_beside(name, t, h)
+        check_floats_beside(name, t, h, "h")
         if t.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
     if scale is not None:
-        _check_beside("scale", scale, h)
+        check_floats_beside("scale", scale, h, "h")
         if scale.shape != h.shape[:2] and scale.shape != h.shape[:1]:
             raise ValueError(f"scale: expected shape ({batch}, {tokens}) or ({batch},), got {tuple(scale.shape)}")
-    if dtype is not None and (dtype not in _DTYPES or (dtype == torch.float64 and h.dtype != dtype)):
+    if dtype is not None and (dtype not in FLOATS or (dtype == torch.float64 and h.dtype != dtype)):
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or None beside h {h.dtype}, got {dtype}")
     check_choice("kind", kind, KINDS)
     check_number("eps", eps, above=0)
-
-
-def _check_beside(name, t, h):
-    check_tensor(name, t)
-    if t.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
-    if t.dtype == torch.float64 and h.dtype != torch.float64:
-        raise TypeError(f"{name}: float64 goes with float64 h only, got {t.dtype} beside h {h.dtype}")
-    if t.device != h.device:
-        raise ValueError(f"{name}: expected device {h.device} like h, got {t.device}")
 
 
 # --- the head, and the gradients of its parameters -------------------------------------------------------------------

@@ -11,9 +11,8 @@ from torch.autograd import forward_ad
 
 from biflow import _library  # noqa: F401
 from biflow.ops._arrays import takes_arrays
-from biflow.ops._checks import any_requires_grad, check_flag, check_number, check_tensor
+from biflow.ops._checks import FLOATS, any_requires_grad, check_flag, check_number, check_tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HAS_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("biflow::attention_forward", "CUDA")
 
 
@@ -149,7 +148,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, prefix: int = 0) -> Tensor:
 def _check_floats(name, t, like=None, device=None, names=None, shape=None):
     """A tensor of floats; like, device, names, shape: of `like`'s device, with that shape, written as names."""
     check_tensor(name, t)
-    if t.dtype not in _DTYPES:
+    if t.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
     if shape is not None and tuple(t.shape) != shape:
         raise ValueError(f"{name}: expected ({', '.join(names)}) = {shape}, got {tuple(t.shape)}")

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from biflow.ops._arrays import takes_arrays
-from biflow.ops._checks import check_choice, check_tensor
+from biflow.ops._checks import FLOATS, check_choice, check_tensor
 from biflow.ops._triton import kernels
 
 KINDS = ("swiglu", "gelu")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @takes_arrays
@@ -47,7 +46,7 @@ def gate(m: Tensor, kind: str) -> Tensor:
 
 def _check(m, kind):
     check_tensor("m", m)
-    if m.dtype not in _DTYPES:
+    if m.dtype not in FLOATS:
         raise TypeError(f"m: expected float32, bfloat16, float16 or float64, got {m.dtype}")
     check_choice("kind", kind, KINDS)
     if m.dim() == 0 or (kind == "swiglu" and m.shape[-1] % 2):

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from biflow.ops._arrays import takes_arrays
-from biflow.ops._checks import check_choice, check_number, check_tensor
+from biflow.ops._checks import FLOATS, check_choice, check_floats_beside, check_number, check_tensor
 from biflow.ops._triton import kernels
 
 KINDS = ("layernorm", "rmsnorm")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WIDEST = 8192  # channels: the kernels hold a row in registers
 
 
@@ -110,29 +109,23 @@ def _has_kernel(x, residual_dtype):
 
 def _check(x, weight, bias, kind, eps, dtype):
     check_tensor("x", x)
-    if x.dtype not in _DTYPES:
+    if x.dtype not in FLOATS:
         raise TypeError(f"x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected (..., C) with at least one channel, got shape {tuple(x.shape)}")
     _check_beside("weight", weight, x, x.shape[-1:])
     if bias is not None:
         _check_beside("bias", bias, x, x.shape[-1:])
-    if dtype is not None and (dtype not in _DTYPES or (dtype == torch.float64 and x.dtype != dtype)):
+    if dtype is not None and (dtype not in FLOATS or (dtype == torch.float64 and x.dtype != dtype)):
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or None beside x {x.dtype}, got {dtype}")
     check_choice("kind", kind, KINDS)
     check_number("eps", eps, above=0)
 
 
 def _check_beside(name, t, x, shape):
-    check_tensor(name, t)
-    if t.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
-    if t.dtype == torch.float64 and x.dtype != torch.float64:
-        raise TypeError(f"{name}: float64 goes with float64 x only, got {t.dtype} beside x {x.dtype}")
+    check_floats_beside(name, t, x, "x")
     if t.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
-    if t.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device} like x, got {t.device}")
 
 
 # --- the torch ops: CUDA only --------------------------------------------------------------------------------------

@@ -27,13 +27,13 @@ def about(name: str) -> str:
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in comment)
 
 
-def parameters(name: str, overrides: Sequence[str] = ()) -> int:
+def parameters(source: str) -> int:
     """How many numbers the model of a preset or YAML file learns; needs no memory for them. Errors as `training`."""
     import torch
 
     from biflow.models import BiFlow, BiFlowConfig, TarFlow
 
-    config = training(name, overrides).model
+    config = training(source).model
     with torch.device("meta"):
         model = (BiFlow if isinstance(config, BiFlowConfig) else TarFlow)(config)
     return sum(p.numel() for p in model.parameters())

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from biflow import checkpoint
 from biflow.config import to_mapping
-from biflow.data import ImageData
+from biflow.data import ImageData, spread
+from biflow.ops._checks import check_choice
 from biflow.train.configs import PerceptualConfig
 from biflow.train.crops import random_boxes, resized_crops
 
@@ -101,7 +102,8 @@ def build(config: PerceptualConfig, data: ImageData, seed: int) -> Backbone:
 def _lpips(config: PerceptualConfig, data: ImageData) -> Backbone:
     """LPIPS with its own weights of channels. Its shift and scale are ImageNet's mean and standard deviation."""
     lpips = _library("lpips")
-    net = _one_of(config.model or "vgg", ("vgg", "alex", "squeeze"))
+    net = config.model or "vgg"
+    check_choice("model", net, ("vgg", "alex", "squeeze"))
 
     def make(own: bool) -> nn.Module:
         return lpips.LPIPS(net=net, pnet_rand=not own, verbose=False)
@@ -119,7 +121,7 @@ def _as_in_torchvision(name: str) -> str:
 def _convnext_v2(config: PerceptualConfig, data: ImageData) -> Backbone:
     timm = _library("timm")
     name = config.model or "convnextv2_base"
-    _one_of(name.partition(".")[0], timm.list_models("convnextv2_*"))
+    check_choice("model", name.partition(".")[0], timm.list_models("convnextv2_*"))
     model = _with_weights(lambda own: timm.create_model(name, pretrained=own, num_classes=0), "timm", config.weights)
     layers = config.layers or tuple(f"stages.{k}" for k in range(len(model.stages)))
     return Backbone(config, model, inputs="imagenet", layers=layers)
@@ -127,7 +129,8 @@ def _convnext_v2(config: PerceptualConfig, data: ImageData) -> Backbone:
 
 def _vgg(config: PerceptualConfig, data: ImageData) -> Backbone:
     models = _library("torchvision").models
-    name = _one_of(config.model or "vgg16", models.list_models(include="vgg*"))
+    name = config.model or "vgg16"
+    check_choice("model", name, models.list_models(include="vgg*"))
 
     def make(own: bool) -> nn.Module:
         model = models.get_model(name, weights="DEFAULT" if own else None)
@@ -206,12 +209,6 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path}: expected a state dict, tensors by name; got {type(found).__name__}")
     return found
-
-
-def _one_of(name: str, known) -> str:
-    if name not in known:
-        raise ValueError(f"model: expected one of {', '.join(known)}, got {name!r}")
-    return name
 
 
 # --- a module that the user names ------------------------------------------------------------------------------------
@@ -343,7 +340,7 @@ def _accuracy(model: ResidualClassifier, data: ImageData) -> float | None:
     """Share of at most 1,000 held-out images that are classified right."""
     if data.val_y is None or not len(data.val_x):
         return None
-    rows = torch.linspace(0, len(data.val_x) - 1, min(1000, len(data.val_x)), dtype=torch.float64).round().long()
+    rows = spread(len(data.val_x), 1000)
     device, right = next(model.parameters()).device, 0
     for part in rows.split(CLASSIFIER_BATCH):
         right += int((model(data.val_x.batch(part).to(device)).argmax(1).cpu() == data.val_y[part]).sum())
