@@ -1,9 +1,8 @@
 """Norm, and the residual addition with the norm of its sum: time and bandwidth, against eager torch, on a CPU.
 
-There the ops are torch's own: what a layer pays, and what kernels of ours would have to beat. The Triton kernels of a
-GPU are measured by `python -m benchmarks.gpu --only kernels`. Bytes by the model of one pass over N elements: norm
-moves 2 N (x in, y out), add_norm 4 N (x and residual in, h and y out), their gradients 3 N and 4 N (h and the outputs'
-gradients in, one gradient out). The limit is a torch copy of as many bytes on the same threads.
+The Triton kernels of a GPU are measured by `python -m benchmarks.gpu --only kernels`. Bytes by the model of one pass
+over N elements: norm moves 2 N (x in, y out), add_norm 4 N (x and residual in, h and y out), their gradients 3 N and
+4 N (h and the outputs' gradients in, one gradient out). The limit is a torch copy of as many bytes on the same threads.
 
     python -m benchmarks.bench_norm [--quick] [--threads N] [--json PATH]
 """

@@ -32,7 +32,7 @@ struct AffineCall {
         net.dim() == 3 && net.size(0) == x.size(0) && net.size(1) == x.size(1) && net.size(2) == 2 * x.size(2),
         "affine: params must be (B, T, 2D)");
     p.B = x.size(0), p.T = x.size(1), p.D = x.size(2);
-    p.data = dtype_of("x", x), p.net = dtype_of("params", net);
+    p.data = dtype_of("affine", "x", x), p.net = dtype_of("affine", "params", net);
     STD_TORCH_CHECK((p.data == DType::f64) == (p.net == DType::f64), "affine: float64 goes with float64 only");
     check_device("params", net);
     p.options = options;
@@ -49,23 +49,6 @@ struct AffineCall {
   }
   bool empty() const { return p.B * p.T * p.D == 0; }
   ScalarType logdet_type() const { return p.data == DType::f64 ? ScalarType::Double : ScalarType::Float; }
-
- private:
-  static DType dtype_of(const char* what, const Tensor& t) {
-    switch (t.scalar_type()) {
-      case ScalarType::Float:
-        return DType::f32;
-      case ScalarType::BFloat16:
-        return DType::bf16;
-      case ScalarType::Half:
-        return DType::f16;
-      case ScalarType::Double:
-        return DType::f64;
-      default:
-        STD_TORCH_CHECK(false, "affine: ", what, " must be float32, bfloat16, float16 or float64");
-    }
-    return DType::f32;
-  }
 };
 
 // The four ops on a Device, which is made of a tensor on it and has

@@ -89,7 +89,16 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
       "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? mask, Tensor? q_norm, "
       "Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, int prefix, int[] plan) -> Tensor");
 
-  // norm of x, or of h = x + residual; CUDA only, in Triton. narrow: a copy of the gradient in this dtype too
+  // the heads of a layer's packed projection, with norm and rotary embedding: q, k, v (B, H, T, d); CPU only
+  m.def(
+      "attention_heads(Tensor qkv, int heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, "
+      "int prefix) -> (Tensor q, Tensor k, Tensor v)");
+  m.def(
+      "attention_heads_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, int heads, Tensor? q_norm, "
+      "Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, int prefix) "
+      "-> (Tensor grad_qkv, Tensor grad_q_norm, Tensor grad_k_norm)");
+
+  // norm of x, or of h = x + residual; CUDA in Triton. narrow: a copy of the gradient in this dtype too
   m.def("norm(Tensor x, Tensor weight, Tensor? bias, str kind, float eps, ScalarType? dtype) -> Tensor");
   m.def(
       "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, str kind, float eps, ScalarType? dtype) "
@@ -98,7 +107,7 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
       "norm_backward(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor? bias, str kind, float eps, "
       "ScalarType? narrow) -> (Tensor grad_x, Tensor grad_narrow, Tensor grad_weight, Tensor grad_bias)");
 
-  // what an MLP does between its linear layers; CUDA only, in Triton
+  // what an MLP does between its linear layers; CUDA in Triton
   m.def("gate(Tensor m, str kind) -> Tensor");
   m.def("gate_backward(Tensor grad_y, Tensor m, str kind) -> Tensor");
 }

@@ -23,6 +23,23 @@ Enum parse(const char* op, const char* what, const std::string& name, std::initi
   return Enum{};
 }
 
+inline DType dtype_of(const char* op, const char* what, const torch::stable::Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", what, " must be float32, bfloat16, float16 or float64");
+  }
+  return DType::f32;
+}
+
 // A number that kernels of fp32 take: as fp32 it must be finite, at least 0, and above 0 if `positive`.
 inline float narrowed(const char* op, const char* what, double value, bool positive) {
   const float narrow = static_cast<float>(value);

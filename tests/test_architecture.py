@@ -39,9 +39,9 @@ TOP = {"ablation", "cli", "demo"}  # imported by nothing below them
 STEMS = ("affine", "alignment", "attention", "block_params", "decode_block", "gate", "jacobi_update", "norm")
 # ops of a stem whose name does not begin with it
 OTHER_NAMES = {"pack_block_": "decode_block", "add_norm": "norm"}
-CPU_KERNEL_IS_TORCH = {"attention"}  # torch's own fused attention
+CPU_KERNEL_IS_TORCH = {"attention"}  # torch's own fused attention; attention_heads is of ours
 WITH_CUDA_KERNEL = {"affine", "attention", "decode_block", "jacobi_update"}
-# bound by bandwidth and simple: Triton on a GPU, torch's own functions on a CPU; neither csrc nor bindings
+# bound by bandwidth and simple: Triton on a GPU
 KERNEL_IS_TRITON = {"alignment", "gate", "norm"}
 # questions about the machine, about weights, about a size: no maths
 NOT_OPS = {

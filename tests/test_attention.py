@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import sys
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def qkv_and_grads(f, qkv, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(("shape", "prefix"), [((2, 1, 1, 4), 0), ((2, 9, 3, 8), 2), ((1, 40, 2, 64), 0)], ids=str)
-def test_qkv_matches_reference(shape, prefix, dtype):
+def test_qkv_matches_reference(shape, prefix, dtype, isa):
     B, T, H, d = shape
     mask = torch.rand(B, T, generator=torch.Generator().manual_seed(4)) > 0.3
     mask[:, 0] = True
@@ -169,6 +170,8 @@ def test_qkv_matches_reference(shape, prefix, dtype):
         (True, False, {"mask": mask}),
         (False, True, {"scale": 0.7 * d**-0.5}),
         (True, True, {"causal": True, "mask": mask}),
+        (True, True, {"causal": True}),
+        (True, False, {}),
     ):
         qkv, options = make_qkv(*shape, dtype, norm=norm, rope=rope, prefix=prefix)
         options |= more
@@ -198,6 +201,39 @@ def test_qkv_is_attention_of_its_heads():
     q, k = (torch.einsum("tij,bhtj->bhti", turn, x) for x in (q, k))
     want = reference.attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
     torch.testing.assert_close(ops.attention_qkv(qkv, **options, causal=True), want)
+
+
+def test_heads_alone(isa):
+    """attention_heads against its own formula in torch's functions: values, gradients, second derivatives."""
+    qkv, options = make_qkv(3, 25, 2, 6, torch.float32, prefix=3)
+    leaves = [qkv, options["q_norm"], options["k_norm"]]
+    grads = [torch.randn(3, 25, 2, 6).transpose(1, 2), torch.randn(3, 2, 6, 25).mT, torch.randn(3, 2, 25, 6)]
+
+    def derivatives(f, dtype):
+        own = [t.to(dtype).requires_grad_() for t in leaves]
+        heads = f(own[0], 2, own[1], own[2], 1e-6, *(t.to(dtype) for t in options["rope"]), 3)
+        first = torch.autograd.grad(heads, own, [g.to(dtype) for g in grads], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), own)
+        return *heads, *first, *second
+
+    got = derivatives(torch.ops.biflow.attention_heads, torch.float32)
+    want = derivatives(sys.modules["biflow.ops.attention"]._heads, torch.float64)
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape
+        assert (g - w).norm() <= 1e-5 * w.norm()
+
+
+def test_heads_threads_and_opcheck(threads):
+    qkv, options = make_qkv(40, 60, 2, 10, torch.float32, prefix=3)
+    arguments = (2, options["q_norm"], None, 1e-6, *options["rope"], 3)
+    once = torch.ops.biflow.attention_heads(qkv, *arguments)
+    gradient = torch.ops.biflow.attention_heads_backward(*once, qkv, *arguments)
+    threads(3)
+    assert all(map(torch.equal, once, torch.ops.biflow.attention_heads(qkv, *arguments)))
+    assert all(map(torch.equal, gradient, torch.ops.biflow.attention_heads_backward(*once, qkv, *arguments)))
+    small = make_qkv(2, 6, 2, 10, torch.float32, prefix=3)
+    given = (small[0].requires_grad_(), 2, small[1]["q_norm"], None, 1e-6, *small[1]["rope"], 3)
+    torch.library.opcheck(torch.ops.biflow.attention_heads.default, given)
 
 
 def test_qkv_nan_in_masked_tokens_does_not_leak():

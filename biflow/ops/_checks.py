@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from biflow import _library  # noqa: F401
 
@@ -106,6 +107,13 @@ def check_shape(name: str, t: Tensor, *shapes: tuple) -> None:
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+def backwards_only() -> bool:
+    """Whether derivatives can come by backward passes alone: no transform of torch.func, no forward mode is at work."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def check_buffer(name: str, buffer: object, shape: tuple, reads: tuple[Tensor | None, ...] = ()) -> None:

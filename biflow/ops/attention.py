@@ -1,7 +1,8 @@
 """Scaled dot-product attention over (B, H, T, d), and over a layer's packed projection (B, T, 3 H d).
 
 Without gradients, bf16 and fp16 on a GPU take the kernel of csrc/cuda/attention.cuh; everything else, and all of it in
-a build without CUDA kernels, is torch's own attention, which training uses anyway.
+a build without CUDA kernels, is torch's own attention, which training uses anyway; but for the gradients of short
+sequences in bf16 on a CPU, where torch's are slow.
 """
 
 import torch
@@ -11,7 +12,9 @@ from torch.autograd import forward_ad
 
 from biflow import _library  # noqa: F401
 from biflow.ops._arrays import takes_arrays
-from biflow.ops._checks import FLOATS, any_requires_grad, check_flag, check_number, check_tensor
+from biflow.ops._attention_gradient import SHORTER_THAN, AttentionByProducts
+from biflow.ops._checks import FLOATS, any_requires_grad, backwards_only, check_flag, check_number, check_tensor
+from biflow.ops._derivatives import of_gradient
 
 _HAS_KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("biflow::attention_forward", "CUDA")
 
@@ -190,6 +193,29 @@ def _kernel_takes(q: Tensor, scale: float, *inputs: Tensor | None) -> bool:
     )
 
 
+def _heads_have_kernel(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor | None) -> bool:
+    """Whether attention_heads computes them, and there is more to do than to see qkv as heads."""
+    return (
+        qkv.device.type == "cpu"
+        and qkv.dtype != torch.float64
+        and not (q_norm is None and k_norm is None and cos is None)
+        and (cos is None or (cos.dtype != torch.float64 and not cos.requires_grad))
+        and backwards_only()
+    )
+
+
+def _products_pay(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether gradients are wanted, backwards only, of what `AttentionByProducts` is faster at."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and q.shape[2] == k.shape[2] < SHORTER_THAN
+        and torch.is_grad_enabled()
+        and any_requires_grad(q, k, v)
+        and backwards_only()
+    )
+
+
 def _wants_gradient(*inputs: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any_requires_grad(*inputs):
         return True
@@ -209,6 +235,8 @@ def _attention(q, k, v, causal, scale, mask):
         return torch.zeros_like(q)
     queries, keys = q.shape[2], k.shape[2]
     if mask is None and (not causal or queries == keys):  # torch's is_causal aligns other shapes at the start
+        if _products_pay(q, k, v):
+            return AttentionByProducts.apply(q, k, v, causal, scale)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     if mask is None and queries == 1:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -231,10 +259,23 @@ def _attention_qkv(qkv, heads, causal, scale, mask, q_norm, k_norm, eps, cos, si
         return o.flatten(2)
     if mask is not None:
         k, v = _masked(mask, k, v)  # before the norm: its gradient would turn a NaN's 0 into NaN
-    q, k = _normed(q, q_norm, eps), _normed(k, k_norm, eps)
-    if cos is not None:
-        q, k = apply_rope(q, cos, sin, prefix), apply_rope(k, cos, sin, prefix)
+    elif _heads_have_kernel(qkv, q_norm, k_norm, cos):
+        small = [t if t is None else t.float().contiguous() for t in (q_norm, k_norm, cos, sin)]
+        q, k, v = torch.ops.biflow.attention_heads(qkv, heads, *small[:2], eps, *small[2:], prefix)
+        return _attention(q, k, v, causal, scale, mask).transpose(1, 2).flatten(2)
+    q, k = _turned(q, k, q_norm, k_norm, eps, cos, sin, prefix)
     return _attention(q, k, v, causal, scale, mask).transpose(1, 2).flatten(2)
+
+
+def _heads(qkv, heads, q_norm, k_norm, eps, cos, sin, prefix):
+    """q, k, v (B, H, T, d) of a packed projection, made of torch's functions."""
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return *_turned(q, k, q_norm, k_norm, eps, cos, sin, prefix), v
+
+
+def _turned(q, k, q_norm, k_norm, eps, cos, sin, prefix):
+    q, k = _normed(q, q_norm, eps), _normed(k, k_norm, eps)
+    return (q, k) if cos is None else (apply_rope(q, cos, sin, prefix), apply_rope(k, cos, sin, prefix))
 
 
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -246,6 +287,55 @@ def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 torch.library.impl("biflow::attention", "CompositeImplicitAutograd", _attention)
 torch.library.impl("biflow::attention_qkv", "CompositeImplicitAutograd", _attention_qkv)
+
+
+@torch.library.register_fake("biflow::attention_heads")
+def _(qkv, heads, q_norm, k_norm, eps, cos, sin, prefix):
+    batch, tokens, width = qkv.shape
+    shape = (batch, tokens, heads, width // (3 * heads))
+    return tuple(qkv.new_empty(shape).transpose(1, 2) for _ in range(3))
+
+
+@torch.library.register_fake("biflow::attention_heads_backward")
+def _(grad_q, grad_k, grad_v, qkv, heads, q_norm, k_norm, eps, cos, sin, prefix):
+    d = qkv.shape[2] // (3 * heads)
+    norms = (qkv.new_empty((0 if t is None else d,), dtype=torch.float32) for t in (q_norm, k_norm))
+    return qkv.new_empty(qkv.shape), *norms
+
+
+def _save_heads(ctx, inputs, output):
+    qkv, ctx.heads, q_norm, k_norm, ctx.eps, cos, sin, ctx.prefix = inputs
+    ctx.save_for_backward(qkv, q_norm, k_norm, cos, sin)
+
+
+def _heads_gradient(ctx, *grads):
+    qkv, q_norm, k_norm, cos, sin = ctx.saved_tensors
+    grad_qkv, to_q, to_k = torch.ops.biflow.attention_heads_backward(
+        *grads, qkv, ctx.heads, q_norm, k_norm, ctx.eps, cos, sin, ctx.prefix
+    )
+    return grad_qkv, None, None if q_norm is None else to_q, None if k_norm is None else to_k, None, None, None, None
+
+
+def _save_heads_gradient(ctx, inputs, output):
+    *grads, qkv, ctx.heads, q_norm, k_norm, ctx.eps, cos, sin, ctx.prefix = inputs
+    ctx.save_for_backward(*grads, qkv, q_norm, k_norm, cos, sin)
+
+
+def _heads_second_derivative(ctx, *cotangents):
+    *grads, qkv, q_norm, k_norm, cos, sin = ctx.saved_tensors
+    (to_qkv, to_q, to_k), to_grads = of_gradient(
+        lambda qkv, q_norm, k_norm: _heads(qkv, ctx.heads, q_norm, k_norm, ctx.eps, cos, sin, ctx.prefix),
+        [qkv, q_norm, k_norm],
+        grads,
+        cotangents,
+    )
+    return *to_grads, to_qkv, None, to_q, to_k, None, None, None, None
+
+
+torch.library.register_autograd("biflow::attention_heads", _heads_gradient, setup_context=_save_heads)
+torch.library.register_autograd(
+    "biflow::attention_heads_backward", _heads_second_derivative, setup_context=_save_heads_gradient
+)
 
 
 @torch.library.register_fake("biflow::attention_forward")

@@ -1,6 +1,7 @@
 """Gates of an MLP: checks, dispatch, autograd. The maths: gate.
 
-CUDA tensors go to the torch ops of this stem, Triton kernels; others and float64 to torch's functions, called directly.
+CUDA tensors go to the Triton kernels of this stem, CPU tensors to csrc/cpu/gate.cpp; float64, and CPU tensors under the
+transforms of torch.func, to torch's functions.
 """
 
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from biflow.ops._arrays import takes_arrays
-from biflow.ops._checks import FLOATS, check_choice, check_tensor
+from biflow.ops._checks import FLOATS, backwards_only, check_choice, check_tensor
+from biflow.ops._derivatives import of_gradient
 from biflow.ops._triton import kernels
 
 KINDS = ("swiglu", "gelu")
@@ -26,18 +28,22 @@ def gate(m: Tensor, kind: str) -> Tensor:
         kind: "swiglu" | "gelu".
 
     Returns:
-        (..., C), or (..., C / 2) for "swiglu", dtype of m. CUDA kernels compute in float32 and round once.
+        (..., C), or (..., C / 2) for "swiglu", dtype of m, computed in float32 (float64 for float64) and rounded once.
 
-    Gradients: on CUDA, but for float64, of first order, without the transforms of torch.func; a second derivative
-    raises RuntimeError.
+    Gradients: of any order; on CUDA, but for float64, of first order, without the transforms of torch.func, and a
+    second derivative raises RuntimeError.
 
     Raises:
         TypeError: a dtype not listed. ValueError: a kind or shape that does not fit. RuntimeError: CUDA tensors without
             Triton, which torch's CUDA wheels for Linux bring.
     """
     _check(m, kind)
-    if m.is_cuda and m.dtype != torch.float64:
+    if m.dtype != torch.float64 and (m.is_cuda or (m.device.type == "cpu" and backwards_only())):
         return torch.ops.biflow.gate(m, kind)
+    return _composed(m, kind)
+
+
+def _composed(m, kind):
     if kind == "gelu":
         return F.gelu(m)
     a, b = m.chunk(2, dim=-1)
@@ -54,7 +60,7 @@ def _check(m, kind):
         raise ValueError(f"m: expected {wanted}, got shape {tuple(m.shape)}")
 
 
-# --- the torch ops: CUDA only --------------------------------------------------------------------------------------
+# --- the torch ops -----------------------------------------------------------------------------------------------
 
 
 def _gate(m, kind):
@@ -89,9 +95,18 @@ def _gradient(ctx, grad_y):
     return torch.ops.biflow.gate_backward(grad_y, *ctx.saved_tensors, ctx.kind), None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("biflow: on CUDA gate has a first derivative only (use biflow.reference)")
+def _save_gradient(ctx, inputs, output):
+    grad_y, m, ctx.kind = inputs
+    ctx.save_for_backward(grad_y, m)
+
+
+def _second_derivative(ctx, cotangent):
+    grad_y, m = ctx.saved_tensors
+    if m.is_cuda:
+        raise RuntimeError("biflow: on CUDA gate has a first derivative only (use biflow.reference)")
+    (to_m,), (to_grad,) = of_gradient(lambda m: (_composed(m, ctx.kind),), [m], [grad_y], [cotangent])
+    return to_grad, to_m, None
 
 
 torch.library.register_autograd("biflow::gate", _gradient, setup_context=_save)
-torch.library.register_autograd("biflow::gate_backward", _no_second_derivative)
+torch.library.register_autograd("biflow::gate_backward", _second_derivative, setup_context=_save_gradient)

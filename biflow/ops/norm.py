@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm, alone or after the residual addition: checks, dispatch, autograd. The maths: norm.
 
-CUDA tensors go to the torch ops of this stem, Triton kernels. Elsewhere, in float64 and for rows longer than the
-kernels take, these functions are torch's own, called directly: an op in between would cost time and hide gradients.
+CUDA tensors go to the Triton kernels of this stem, but for rows longer than these take, CPU tensors to
+csrc/cpu/norm.cpp; float64, and CPU tensors under the transforms of torch.func, to torch's functions.
 """
 
 import torch
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from biflow.ops._arrays import takes_arrays
-from biflow.ops._checks import FLOATS, check_choice, check_floats_beside, check_number, check_tensor
+from biflow.ops._checks import FLOATS, backwards_only, check_choice, check_floats_beside, check_number, check_tensor
+from biflow.ops._derivatives import of_gradient
 from biflow.ops._triton import kernels
 
 KINDS = ("layernorm", "rmsnorm")
@@ -43,8 +44,10 @@ def norm(
     Returns:
         y: (..., C), contiguous.
 
-    Gradients: to x, weight and bias, each in its own dtype, the same bits in every run. On CUDA, but for float64, of
-    first order, without the transforms of torch.func; a second derivative raises RuntimeError.
+    Gradients: to x, weight and bias, each in its own dtype, the same bits in every run and, on a CPU, for any number of
+    threads. Of first and second order; further ones are torch's, whose layer_norm has wrong ones (docs/measured.md).
+    On CUDA, but for float64, of first order, without the transforms of torch.func; a second derivative raises
+    RuntimeError.
 
     Raises:
         TypeError: a dtype not listed, an eps that is no number. ValueError: a shape, device, kind or eps that does not
@@ -52,7 +55,7 @@ def norm(
     """
     _check(x, weight, bias, kind, eps, dtype)
     if _has_kernel(x, x.dtype):
-        return torch.ops.biflow.norm(x, weight, bias, kind, eps, dtype)
+        return torch.ops.biflow.norm(x, *_vectors(x, weight, bias), kind, eps, dtype)
     return _composed(x, weight, bias, kind, eps, dtype)
 
 
@@ -82,7 +85,7 @@ def add_norm(
     _check(x, weight, bias, kind, eps, dtype)
     _check_beside("residual", residual, x, x.shape)
     if _has_kernel(x, residual.dtype):
-        return torch.ops.biflow.add_norm(x, residual, weight, bias, kind, eps, dtype)
+        return torch.ops.biflow.add_norm(x, residual, *_vectors(x, weight, bias), kind, eps, dtype)
     h = x + residual
     return _composed(h, weight, bias, kind, eps, dtype or x.dtype), h
 
@@ -104,7 +107,16 @@ def _to(t, dtype):
 
 
 def _has_kernel(x, residual_dtype):
-    return x.is_cuda and torch.float64 not in (x.dtype, residual_dtype) and x.shape[-1] <= _WIDEST
+    if torch.float64 in (x.dtype, residual_dtype):
+        return False
+    return x.shape[-1] <= _WIDEST if x.is_cuda else x.device.type == "cpu" and backwards_only()
+
+
+def _vectors(x, weight, bias):
+    """weight and bias as the kernels of x's device read them."""
+    if x.is_cuda:
+        return weight, bias
+    return (t if t is None else _to(t, torch.float32).contiguous() for t in (weight, bias))
 
 
 def _check(x, weight, bias, kind, eps, dtype):
@@ -128,7 +140,7 @@ def _check_beside(name, t, x, shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
 
 
-# --- the torch ops: CUDA only --------------------------------------------------------------------------------------
+# --- the torch ops -----------------------------------------------------------------------------------------------
 
 
 def _norm(x, weight, bias, kind, eps, dtype):
@@ -200,10 +212,27 @@ def _add_norm_gradient(ctx, grad_y, grad_h):
     return grad_x, grad.to(ctx.residual_dtype), grad_weight, grad_bias, None, None, None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("biflow: on CUDA norm and add_norm have first derivatives only (use biflow.reference)")
+def _save_gradient(ctx, inputs, output):
+    grad_y, grad_h, h, weight, bias, ctx.kind, ctx.eps, ctx.narrow = inputs
+    ctx.save_for_backward(grad_y, grad_h, h, weight, bias)
+
+
+def _second_derivative(ctx, *cotangents):
+    grad_y, grad_h, h, weight, bias = ctx.saved_tensors
+    if h.is_cuda:
+        raise RuntimeError("biflow: on CUDA norm and add_norm have first derivatives only (use biflow.reference)")
+    to_h, to_narrow, to_weight, to_bias = cotangents
+    if ctx.narrow is not None:
+        to_h = to_h + to_narrow.to(h.dtype)
+    (to_h, to_weight, to_bias), (to_grad_y, to_grad_h) = of_gradient(
+        lambda h, weight, bias: (_composed(h, weight, bias, ctx.kind, ctx.eps, grad_y.dtype), h),
+        [h, weight, bias],
+        [grad_y, grad_h],
+        [to_h, to_weight, to_bias],
+    )
+    return to_grad_y, to_grad_h, to_h, to_weight, to_bias, None, None, None
 
 
 torch.library.register_autograd("biflow::norm", _norm_gradient, setup_context=_save_norm)
 torch.library.register_autograd("biflow::add_norm", _add_norm_gradient, setup_context=_save_add_norm)
-torch.library.register_autograd("biflow::norm_backward", _no_second_derivative)
+torch.library.register_autograd("biflow::norm_backward", _second_derivative, setup_context=_save_gradient)

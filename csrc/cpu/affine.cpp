@@ -6,7 +6,7 @@
 #include "affine.h"
 
 #include "cpu/affine_math.h"
-#include "cpu/convert.h"
+#include "cpu/rows.h"
 
 namespace biflow::cpu::BIFLOW_ISA {
 namespace {
@@ -26,32 +26,6 @@ struct Scratch {  // one vector of room behind each row: copies into it run in w
 };
 
 // ---- arithmetic over n elements in separate rows
-
-template <class P>
-auto load_n(const P* p, int n) {
-  return load_partial(p, n);
-}
-template <class P, int kN>
-auto load_n(const P* p, std::integral_constant<int, kN>) {
-  return load(p);
-}
-template <class P, class V>
-void store_n(P* p, V v, int n) {
-  store_partial(p, v, n);
-}
-template <class P, class V, int kN>
-void store_n(P* p, V v, std::integral_constant<int, kN>) {
-  store(p, v);
-}
-
-template <class S, class F>
-inline void each_vector(int64_t n, F&& f) {  // f(first element, how many)
-  constexpr int lanes = VectorOf<S>::lanes;
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) f(i, std::integral_constant<int, lanes>());
-  if constexpr (lanes > 1)
-    if (i < n) f(i, static_cast<int>(n - i));
-}
 
 template <class S>
 inline void keep_lanes(Vector<S>& v, int n) {  // zero in the lanes behind n, which hold no element

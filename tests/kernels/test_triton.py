@@ -16,11 +16,11 @@ from biflow.models.layers import Layer
 from biflow.ops import _triton
 from biflow.ops.alignment import _Head
 
-from .triton_cases import BF16, F32, cases
+from .triton_cases import BF16, F32, cases, needs_gpu
 
 triton = pytest.importorskip("triton", reason="no triton: see requirements/dev.txt")
 CASES = cases()
-EMULATED = [name for name in CASES if "bf16" not in name]  # Triton's interpreter truncates where bf16 rounds
+EMULATED = [name for name in CASES if not needs_gpu(name)]  # Triton's interpreter truncates where bf16 rounds
 
 
 def on_gpu(test):
