@@ -107,7 +107,7 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
       "norm_backward(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor? bias, str kind, float eps, "
       "ScalarType? narrow) -> (Tensor grad_x, Tensor grad_narrow, Tensor grad_weight, Tensor grad_bias)");
 
-  // what an MLP does between its linear layers; CUDA in Triton
+  // what an MLP does between its linear layers; CUDA in Triton, CPU swiglu only
   m.def("gate(Tensor m, str kind) -> Tensor");
   m.def("gate_backward(Tensor grad_y, Tensor m, str kind) -> Tensor");
 }
