@@ -2,7 +2,8 @@
 
 The Triton kernels of a GPU are measured by `python -m benchmarks.gpu --only kernels`. Bytes by the model of one pass:
 of F results "gelu" moves 2 F elements and 3 F for the gradient, "swiglu" 3 F and 5 F. The limit is a torch copy of as
-many bytes on the same threads; an exponential or an error function of each element comes on top.
+many bytes on the same threads; an exponential or an error function of each element comes on top. On a CPU "gelu" is
+torch's own.
 
     python -m benchmarks.bench_gate [--quick] [--threads N] [--json PATH]
 """

@@ -3,6 +3,7 @@
 The Triton kernels of a GPU are measured by `python -m benchmarks.gpu --only kernels`. Bytes by the model of one pass
 over N elements: norm moves 2 N (x in, y out), add_norm 4 N (x and residual in, h and y out), their gradients 3 N and
 4 N (h and the outputs' gradients in, one gradient out). The limit is a torch copy of as many bytes on the same threads.
+LayerNorm in float32, as here, is torch's own on a CPU.
 
     python -m benchmarks.bench_norm [--quick] [--threads N] [--json PATH]
 """

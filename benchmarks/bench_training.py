@@ -3,7 +3,7 @@
 A step is what both do with a batch: forward, backward, gradient clipping, AdamW (torch's fused one on both sides), in
 fp32, and in bf16 as mixed precision has it: weights in fp32, products under autocast. Stage one maximises the
 likelihood of a flow without classes; stage two regresses the images from noise with the learned inverse of the preset's
-options, a squared error of the output (alignment is measured by bench_alignment). Loss and gradients of both sides are
+options, a squared error of the output (alignment is measured by bench_alignment). The gradients of both sides are
 compared first. Speed-ups are medians of the ratios within each turn.
 
     python -m benchmarks.bench_training [--quick] [--configs S,M,L] [--batches 64] [--threads N] [--json PATH]
@@ -28,6 +28,7 @@ BOUNDS = {"fp32": 1e-4, "bf16": 0.1}
 
 
 def random_inverse(name: str) -> BiFlow:
+    """A learned inverse of a flow of that config's shape, guidance trained in; no weight is left at 0."""
     own = {k: v for k, v in CONFIGS[name].items() if k != "layers_per_block"}
     model = BiFlow(
         BiFlowConfig(

@@ -63,6 +63,13 @@ def test_far_gradients(isa):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    m = make((2, 3, 4), torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda m: ops.gate(m, kind), m)
+    assert torch.autograd.gradgradcheck(lambda m: ops.gate(m, kind), m)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_in_fp32_and_transforms(kind):
     m = make((3, 8))
     f = lambda m: ops.gate(m, kind).sin().sum()  # noqa: E731

@@ -77,16 +77,6 @@ def test_rows_are_apart_and_threads_do_not_matter(kind, threads):
     assert torch.equal(few[0], once[0][1000:1033])
 
 
-def test_bytes_around_the_results_stay(isa):
-    x, residual, weight, _ = make((5, 21))
-    for call in (
-        lambda: ops.norm(x, weight, kind="rmsnorm", eps=1e-5),
-        lambda: ops.add_norm(x, residual, weight, kind="layernorm", eps=1e-5)[1],
-    ):
-        call()  # a row past the end would be the allocator's own words: glibc aborts on its next call
-        torch.empty(5, 21).normal_()
-
-
 def test_a_half_branch_beside_an_fp32_stream():
     x, h, weight, bias = make((3, 5, 32))
     options = dict(kind="layernorm", eps=1e-5)

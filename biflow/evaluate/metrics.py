@@ -5,7 +5,6 @@ Models may be on any device; data, noise and samples are on the CPU, and so is t
 
 import ctypes
 import math
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -335,8 +334,9 @@ def _batched(call: Callable, model: TarFlow | BiFlow, z: Tensor, y: Tensor | Non
 
 def _trim_heap() -> None:
     """Gives the system what glibc keeps of freed tensors, in pieces too small for the next ones: docs/measured.md."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
 
 
 def _device(model: TarFlow | BiFlow) -> torch.device:
