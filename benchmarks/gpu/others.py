@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.peers.compiled import BACKEND, static_cache
 from benchmarks.peers.ml_tarflow import load_model
@@ -29,6 +30,18 @@ SECONDS = 1.5  # of the timed call: as many steps as take that long
 Decoder = Callable[[int], Callable[[], Tensor]]
 
 
+def without_plans(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call with torch's own attention kernels: cuDNN's builds a plan for every length of a growing cache, 40 ms
+    each."""
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def wrapped() -> Tensor:
+        with sdpa_kernel(kernels):
+            return call()
+
+    return wrapped
+
+
 def eager(subject: Subject, batch: int, precision: str) -> Decoder:
     dtype = DTYPES[precision]
 
@@ -36,7 +49,7 @@ def eager(subject: Subject, batch: int, precision: str) -> Decoder:
         block = subject.first(tokens)
         if dtype != torch.float32:
             block = copy.deepcopy(block).to(dtype)
-        return functools.partial(eager_decode_block, block, subject.z(batch, tokens).to(dtype))
+        return without_plans(functools.partial(eager_decode_block, block, subject.z(batch, tokens).to(dtype)))
 
     return decoder
 
@@ -59,7 +72,7 @@ def ml_tarflow(subject: Subject, batch: int, precision: str, *, path: str) -> De
             with torch.autocast(subject.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 return block.reverse(z.clone())  # it may write into its argument
 
-        return call
+        return without_plans(call)
 
     return decoder
 

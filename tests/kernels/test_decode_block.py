@@ -1,5 +1,7 @@
 """decode_block's CUDA kernels against reference.decode_block in fp64 (DESIGN 8), and phase by phase against a twin."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from blocks import BASE, CASES, bf16_arithmetic, error_and_allowed, make_case, random_weights, to
@@ -250,7 +252,8 @@ def test_a_cooperative_launch_in_a_cuda_graph(in_place):
     backend = get("cuda")
     call, z = make_call(backend, "modern", "bf16")
     plan, words, _ = call.buffers(z, PLANS["persistent"])
-    own, memory = backend.to(z.clone()), torch.empty(words, device="cuda")
+    own = backend.to(z.clone())
+    memory = torch.empty(words + in_place * z.numel(), device="cuda")  # then z is copied
     out = own if in_place else torch.empty_like(own)
     call(own, plan, out, memory)
     graph = torch.cuda.CUDAGraph()
@@ -305,7 +308,9 @@ def test_every_phase_against_the_twin(backend, name, splits, precision, leave_ou
         pytest.skip("splits need a head_dim of whole 16 bytes")
     call = Call(backend, config, random_weights(config), precision, options)
     plan, words, offsets = call.buffers(z, [0, 1, 2, splits, 4, splits == 1])
-    twin = Twin(config, call.weights, precision, z, given_of(call.packed, z, cpu(options)), plan, words, offsets)
+    given = call.given(z)
+    given = replace(given, tensors=tuple(None if t is None else t.cpu() for t in given.tensors))
+    twin = Twin(config, call.weights, precision, z, given, plan, words, offsets)
     unwritten = torch.full((words,), -1, dtype=torch.int32).view(torch.float32)  # NaN, in bf16 too
     out = torch.full_like(z, float("nan")).double()
     before = {k: v.zero_() if k in ("x", "y", "o", "h", "partial") else v for k, v in twin.buffers(unwritten).items()}
