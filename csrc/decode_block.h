@@ -34,7 +34,8 @@ struct DecodePlan {
   bool persistent = false;     // all steps in one cooperative launch; otherwise one launch a phase
   int row_tiles = 1;           // of 16 sequences, which a block multiplies at once: 1, 2 or 4
   int blocks = 1;              // of the grid, at least one for each 16 row_tiles sequences
-  int splits = 1;              // blocks that share the tokens of a sequence and head in attention; head_dim % 8 == 0
+  int splits = 1;              // blocks that share the tokens of a sequence and head in attention; if more than one,
+                               // head_dim % 8 == 0 and row_tiles == 1
   int warps = 8;               // that share those of a split: 1, 2, 4 or 8
   bool norm_in_place = false;  // every block normalises for itself, one phase less; row_tiles == 1
 };
@@ -46,7 +47,7 @@ struct DecodeMachine {
   bool cooperative = false;  // whether it takes cooperative launches
 };
 DecodeMachine decode_machine();  // the current device
-// The fastest, by estimates. p.packed is for Target::cuda; B >= 1, B and T below 2^20.
+// The fastest, by estimates and by what an H200 showed. p.packed is for Target::cuda; B >= 1, B and T below 2^20.
 DecodePlan decode_plan(const DecodeBlockParams& p, const DecodeMachine& machine);
 // Bytes of shared memory that a block needs.
 size_t decode_shared_bytes(const DecodeBlockParams& p, const DecodePlan& plan);

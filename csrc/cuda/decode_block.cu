@@ -53,7 +53,7 @@ bool is_power_of_two_to(int n, int most) { return n > 0 && n <= most && (n & (n 
 
 bool is_valid(const DecodeBlockParams& p, const DecodePlan& plan) {
   return is_power_of_two_to(plan.row_tiles, 4) && is_power_of_two_to(plan.warps, kDecodeWarps) && plan.splits >= 1 &&
-         (plan.splits == 1 || p.shape.head_dim % 8 == 0) && !(plan.norm_in_place && plan.row_tiles > 1) &&
+         (plan.splits == 1 || p.shape.head_dim % 8 == 0) && !(stages_rows(plan) && plan.row_tiles > 1) &&
          plan.blocks >= divide_up(rows_of(p), kRowTile * plan.row_tiles) &&
          decode_shared_bytes(p, plan) <= arch::shared_memory_limit();
 }
@@ -65,15 +65,18 @@ DecodeMachine decode_machine() {
 }
 
 size_t decode_shared_bytes(const DecodeBlockParams& p, const DecodePlan& plan) {
-  return decode_shared(plan, p.shape.precision == Precision::bf16, p.shape.width, p.shape.channels).all();
+  return decode_shared(plan, p.shape.precision == Precision::bf16, p.shape.width, p.shape.layers, p.shape.channels)
+      .all();
 }
 
 DecodePlan decode_plan(const DecodeBlockParams& p, const DecodeMachine& machine) {
-  constexpr int kTokensOfSplit = 128;  // with fewer, joining the splits takes as long as the split saves: an estimate
+  // As measured on an H200 (docs/results.md): joining the splits of 256 tokens takes longer than they save; 64 rows
+  // are faster as four groups, whose blocks normalise for themselves, than as fewer that read each weight less often.
+  constexpr int kTokensOfSplit = 256, kRowsOfOneTile = 64, kRowsOfTwo = 512;
   const int64_t rows = rows_of(p), processors = machine.multiprocessors;
   DecodePlan plan;
   plan.persistent = machine.cooperative;
-  plan.row_tiles = rows <= kRowTile ? 1 : rows <= 4 * kRowTile ? 2 : 4;
+  plan.row_tiles = rows <= kRowsOfOneTile ? 1 : rows <= kRowsOfTwo ? 2 : 4;
   plan.norm_in_place = plan.row_tiles == 1;
   const auto fits = [&] { return decode_shared_bytes(p, plan) <= machine.shared; };
   while (plan.row_tiles > 1 && !fits()) plan.row_tiles /= 2;
@@ -87,9 +90,10 @@ DecodePlan decode_plan(const DecodeBlockParams& p, const DecodeMachine& machine)
 
   const int64_t queries = rows * p.shape.heads(), warps = plan.blocks * int64_t{kDecodeWarps};
   while (plan.warps > 1 && queries * plan.warps > warps) plan.warps /= 2;
-  if (p.shape.head_dim % 8 == 0 && plan.warps == kDecodeWarps) {
+  if (p.shape.head_dim % 8 == 0 && plan.warps == kDecodeWarps && plan.row_tiles == 1) {
     const int64_t tokens = p.shape.tokens + p.condition.prefix_tokens;
     plan.splits = static_cast<int>(std::max<int64_t>(std::min(plan.blocks / queries, tokens / kTokensOfSplit), 1));
+    if (!fits()) plan.splits = 1;
   }
   return plan;
 }

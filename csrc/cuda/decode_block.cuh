@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     if (!s.is_run(at)) continue;
     run_phase<Act>(s, products, at);
     if (!all || s.is_last(at)) return;
-    arch::grid_barrier<true>(s.barrier, ++barriers);
+    arch::grid_barrier<false>(s.barrier, ++barriers);
   }
 }
 
@@ -43,7 +43,7 @@ template <class Act, int kRowTiles>
 cudaError_t launch_decode_of(const DecodeState& s, int64_t phases, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(s.plan.blocks)), block(kDecodeThreads);
   const auto kernel = &decode_block_kernel<Act, kRowTiles>;
-  const size_t bytes = decode_shared(s.plan, sizeof(Act) == 2, s.width, s.channels).all();
+  const size_t bytes = decode_shared(s.plan, sizeof(Act) == 2, s.width, s.layers, s.channels).all();
   DecodePlace at;
   if (s.plan.persistent) return arch::launch_cooperative(kernel, grid, block, bytes, stream, s, at, true);
   for (; phases != 0; s.advance(at)) {

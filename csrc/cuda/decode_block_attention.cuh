@@ -76,49 +76,72 @@ class StepAttention {
     for (int i = 0; i < 8; ++i) o_[i] = 0;
   }
 
-  // Sums over the tokens of this warp's share, the same in all groups of lanes at the end.
+  // Keys and values of a few rounds of tokens, as they lie in memory.
+  struct Round {
+    Words k[kAhead], v[kAhead];
+  };
+
+  // Sums over the tokens of this warp's share, the same in all groups of lanes at the end. What is read of memory is on
+  // its way before the first of it is used.
   BIFLOW_DEVICE void attend(int step, int layer, int row, int head, int split, int member) {
     const int splits = s_.plan.splits, warps = s_.plan.warps, tokens = step + 1, keys = 32 / lanes_;
     const int share = (tokens + splits - 1) / splits, begin = split * share;
     const int end = begin + share < tokens ? begin + share : tokens;
     const bool unconditional = row >= s_.batch;
-    float q[8];
-    load_head(q, row, 0, head);
-    prepare(q, layer, s_.packed.layer.q_norm, step);
-    const float scale = 1.4426950408889634f /
-                        (sqrtf(static_cast<float>(s_.head_dim)) * (unconditional ? s_.condition.attn_temp : 1.0f));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) q[i] *= scale;
-    clear();
-
     const int64_t half = static_cast<int64_t>(s_.prefix + s_.tokens) * s_.head_stride;
     Act* const cached =
         static_cast<Act*>(s_.cache) + ((static_cast<int64_t>(layer) * s_.rows + row) * s_.heads + head) * 2 * half;
-    const int cached_end = end < step ? end : step;
-    for (int first = begin + member * keys; first < cached_end; first += kAhead * warps * keys) {
-      Words k[kAhead], v[kAhead];  // all are on their way before the first is used
+    const int cached_end = end < step ? end : step, stride = kAhead * warps * keys;
+    const auto load = [&](Round& to, int first) {
+      to = {};  // a register that is set in some turns only is kept through all phases
+      if (first >= cached_end) return;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int token = first + i * warps * keys + group_;
         const bool counts = inside_ && token < cached_end;
         const int64_t at = static_cast<int64_t>(counts ? token : begin) * s_.head_stride + (inside_ ? channel_ : 0);
-        k[i] = Words::load(cached + at);
-        v[i] = Words::load(cached + half + at);
+        to.k[i] = Words::load(cached + at);
+        to.v[i] = Words::load(cached + half + at);
       }
+    };
+    const auto use = [&](const float (&q)[8], const Round& round, int first) {
+      if (first >= cached_end) return;
+      float logit[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const bool valid = first + i * warps * keys + group_ < cached_end;
-        float key[8], value[8];
-        k[i].to(key);
-        v[i].to(value);
-        weigh(q, key, value, inside_ && valid, valid);
+        float key[8];
+        round.k[i].to(key);
+        logit[i] = product(q, key);
       }
+      over_group(logit);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (first + i * warps * keys + group_ >= cached_end) logit[i] = -INFINITY;
+      weigh<kAhead>(logit, [&](int i, float (&value)[8]) { round.v[i].to(value); });
+    };
+
+    const bool own = end == tokens && begin < tokens && member == 0;  // this step's token is not in the cache yet
+    float q[8], k[8] = {}, v[8] = {};
+    load_head(q, row, 0, head);
+    if (own) load_head(k, row, 1, head), load_head(v, row, 2, head);
+    const Rotation rotation = rotation_of(step);
+    Round even, odd;
+    int first = begin + member * keys;
+    load(even, first);
+    prepare(q, layer, s_.packed.layer.q_norm, rotation);
+    const float scale = 1.4426950408889634f /
+                        (sqrtf(static_cast<float>(s_.head_dim)) * (unconditional ? s_.condition.attn_temp : 1.0f));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] *= scale;
+    clear();
+    for (; first < cached_end; first += 2 * stride) {
+      load(odd, first + stride);
+      use(q, even, first);
+      load(even, first + 2 * stride);
+      use(q, odd, first + stride);
     }
-    if (end == tokens && begin < tokens && member == 0) {  // this step's own token
-      float k[8], v[8];
-      load_head(k, row, 1, head);
-      prepare(k, layer, s_.packed.layer.k_norm, step);
-      load_head(v, row, 2, head);
+    if (own) {
+      prepare(k, layer, s_.packed.layer.k_norm, rotation);
       Eight key, value;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -130,8 +153,15 @@ class StepAttention {
         key.store(cached + at);
         value.store(cached + half + at);
       }
-      weigh(q, k, v, inside_ && group_ == 0, group_ == 0);
+      float logit[1] = {product(q, k)};
+      over_group(logit);
+      if (group_ != 0) logit[0] = -INFINITY;
+      weigh<1>(logit, [&](int, float (&to)[8]) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to[i] = v[i];
+      });
     }
+#pragma unroll 1
     for (int lane = lanes_; lane < 32; lane *= 2) {
       const float top = __shfl_xor_sync(0xffffffffu, top_, lane), sum = __shfl_xor_sync(0xffffffffu, sum_, lane);
       float o[8];
@@ -153,45 +183,83 @@ class StepAttention {
     }
   }
 
-  // Norm and rotation of a query or key.
-  BIFLOW_DEVICE void prepare(float (&x)[8], int layer, int64_t weight_at, int step) const {
-    if (s_.qk_norm) {
-      float squares = 0;
+  // The angles of this lane's channel pairs in a step.
+  struct Rotation {
+    bool turns;
+    float cosine[4], sine[4];
+  };
+  BIFLOW_DEVICE Rotation rotation_of(int step) const {
+    Rotation r = {s_.rope && !s_.in_prefix(step), {}, {}};
+    if (!r.turns) return r;
+    const int64_t at = static_cast<int64_t>(s_.data_index(s_.evaluated(step))) * (s_.head_dim / 2) + channel_ / 2;
+    const float *const cosine = s_.weights + s_.packed.rope_cos + at, *const sine =
+                                                                          s_.weights + s_.packed.rope_sin + at;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) squares += x[i] * x[i];
-      for (int lane = 1; lane < lanes_; lane *= 2) squares += __shfl_xor_sync(0xffffffffu, squares, lane);
-      const float factor = rsqrtf(squares / s_.head_dim + 1e-6f);
+    for (int i = 0; i < 4; ++i)
+      if (channel_ + 2 * i < s_.head_dim) r.cosine[i] = __ldg(cosine + i), r.sine[i] = __ldg(sine + i);
+    return r;
+  }
+
+  // Norm and rotation of a query or key.
+  BIFLOW_DEVICE void prepare(float (&x)[8], int layer, int64_t weight_at, const Rotation& rotation) const {
+    if (s_.qk_norm) {
+      float squares[1] = {0};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares[0] += x[i] * x[i];
+      over_group(squares);
+      const float factor = rsqrtf(squares[0] / s_.head_dim + 1e-6f);
       const float* const weight = layer_vector(s_, layer, weight_at) + channel_;
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         if (channel_ + i < s_.head_dim) x[i] *= factor * __ldg(weight + i);
     }
-    if (s_.rope && !s_.in_prefix(step)) {
-      const int64_t at = static_cast<int64_t>(s_.data_index(s_.evaluated(step))) * (s_.head_dim / 2) + channel_ / 2;
-      const float *const cosine = s_.weights + s_.packed.rope_cos + at, *const sine =
-                                                                            s_.weights + s_.packed.rope_sin + at;
+    if (!rotation.turns) return;
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (channel_ + 2 * i < s_.head_dim) {
-          const float even = x[2 * i], odd = x[2 * i + 1], c = __ldg(cosine + i), s = __ldg(sine + i);
-          x[2 * i] = even * c - odd * s;
-          x[2 * i + 1] = even * s + odd * c;
-        }
-    }
+    for (int i = 0; i < 4; ++i)
+      if (channel_ + 2 * i < s_.head_dim) {
+        const float even = x[2 * i], odd = x[2 * i + 1], c = rotation.cosine[i], s = rotation.sine[i];
+        x[2 * i] = even * c - odd * s;
+        x[2 * i + 1] = even * s + odd * c;
+      }
   }
 
-  // Takes in a key and value: `counts` of this lane's channels, `valid` of the token.
-  BIFLOW_DEVICE void weigh(const float (&q)[8], const float (&k)[8], const float (&v)[8], bool counts, bool valid) {
+  // This lane's channels of a logit.
+  BIFLOW_DEVICE float product(const float (&q)[8], const float (&k)[8]) const {
     float logit = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) logit += q[i] * (counts ? k[i] : 0);
-    for (int lane = 1; lane < lanes_; lane *= 2) logit += __shfl_xor_sync(0xffffffffu, logit, lane);
-    if (!valid) return;
-    const float top = fmaxf(top_, logit), old = arch::exp2_fast(top_ - top), weight = arch::exp2_fast(logit - top);
-    top_ = top;
-    sum_ = sum_ * old + weight;
+    for (int i = 0; i < 8; ++i) logit += q[i] * k[i];
+    return inside_ ? logit : 0;
+  }
+
+  // n sums over a group of lanes.
+  template <int n>
+  BIFLOW_DEVICE void over_group(float (&v)[n]) const {
+#pragma unroll 1
+    for (int lane = 1; lane < lanes_; lane *= 2)
 #pragma unroll
-    for (int i = 0; i < 8; ++i) o_[i] = o_[i] * old + weight * v[i];
+      for (int i = 0; i < n; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], lane);
+  }
+
+  // Takes in n values, value(i, v), by their logits; -infinity: not that one.
+  template <int n, class Value>
+  BIFLOW_DEVICE void weigh(const float (&logit)[n], Value&& value) {
+    float top = top_;
+#pragma unroll
+    for (int i = 0; i < n; ++i) top = fmaxf(top, logit[i]);
+    const float base = top == -INFINITY ? 0 : top, old = arch::exp2_fast(top_ - base);
+    top_ = top;
+    sum_ *= old;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) o_[i] *= old;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const float weight = arch::exp2_fast(logit[i] - base);
+      sum_ += weight;
+      float v[8];
+      value(i, v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) o_[j] += weight * v[j];
+    }
   }
 
   BIFLOW_DEVICE void join(float other_top, float other_sum, const float (&other)[8]) {

@@ -17,7 +17,8 @@ template <class Act, int kRowTiles>
 class StepProducts {
   static constexpr bool kBf16 = sizeof(Act) == 2;
   static constexpr int kRows = kRowTile * kRowTiles;
-  static constexpr int kChunk = 4 / kRowTiles;  // blocks of inputs whose activations are loaded together
+  // Blocks of inputs of a warp whose activations are loaded together; on tensor cores twice as many are under way.
+  static constexpr int kChunk = kRowTiles == 1 ? 3 : kRowTiles == 2 ? 2 : 1, kChunkFp32 = 4 / kRowTiles;
 
  public:
   BIFLOW_DEVICE StepProducts(const DecodeState& s, unsigned char* shared)
@@ -28,11 +29,15 @@ class StepProducts {
         warp_(threadIdx.x / 32),
         g_(threadIdx.x % 32 / 4),
         t_(threadIdx.x % 4),
-        weights_(s, reinterpret_cast<uint4*>(shared), owner_) {
-    const DecodeShared part = decode_shared(s.plan, kBf16, s.width, s.channels);
-    sums_ = reinterpret_cast<float*>(shared + part.ring);
-    rows_ = reinterpret_cast<float4*>(shared + part.ring + part.sums);
-    statistics_ = reinterpret_cast<float2*>(shared + part.ring + part.sums + part.rows);
+        rows_here_(s.rows - row_group_ * kRows < kRows ? s.rows - row_group_ * kRows : kRows),
+        linears_(reinterpret_cast<DecodeLinear*>(shared)),
+        weights_(s, linears_, ring_of(s, shared), owner_) {
+    const DecodeShared part = decode_shared(s.plan, kBf16, s.width, s.layers, s.channels);
+    sums_ = reinterpret_cast<float*>(shared + part.linears + part.ring);
+    rows_ = reinterpret_cast<float4*>(shared + part.linears + part.ring + part.sums);
+    for (int product = threadIdx.x; product < s.products(); product += kDecodeThreads)
+      linears_[product] = linear_of<Act>(s, s.product_place(product));
+    __syncthreads();
   }
 
   BIFLOW_DEVICE WeightStream<Act, kRowTiles>& weights() { return weights_; }
@@ -46,110 +51,41 @@ class StepProducts {
   }
 
  private:
+  BIFLOW_DEVICE static uint4* ring_of(const DecodeState& s, unsigned char* shared) {
+    return reinterpret_cast<uint4*>(shared + decode_shared(s.plan, kBf16, s.width, s.layers, s.channels).linears);
+  }
   BIFLOW_DEVICE static constexpr int tiles(bool tensor) { return tiles_at_once<kRowTiles>(tensor); }
-
-  BIFLOW_DEVICE int rows_here() const {
-    const int left = s_.rows - row_group_ * kRows;
-    return left < kRows ? left : kRows;
-  }
-  BIFLOW_DEVICE int64_t row_offset(int row) const {
-    return static_cast<int64_t>(row_group_ * kRows + row) * s_.x_stride;
-  }
-
-  // The activations of this block's rows in a phase, as they lie in memory; null: the splits of attention have to be
-  // joined.
-  struct Source {
-    const unsigned char* rows;
-    uint32_t stride;  // bytes
-  };
-  template <class T>
-  BIFLOW_DEVICE Source source(const DecodePlace& at) const {
-    const void* from = s_.y;
-    int stride = s_.x_stride;
-    if (at.phase == DecodePhase::proj) from = s_.o;
-    if (at.phase == DecodePhase::fc2) from = s_.h, stride = s_.h_stride;
-    if (at.phase == DecodePhase::head) from = s_.x;
-    if (at.phase == DecodePhase::proj && s_.plan.splits > 1) return {nullptr, 0};
-    return {reinterpret_cast<const unsigned char*>(static_cast<const T*>(from) +
-                                                   static_cast<int64_t>(row_group_ * kRows) * stride),
-            static_cast<uint32_t>(stride) * static_cast<uint32_t>(sizeof(T))};
-  }
-
-  // 16 bytes of a row: inputs from `c` on; zeros where there is no such row or, if not `inside`, no such block. One
-  // load without branches: many of them are to be under way at once.
-  template <class T>
-  BIFLOW_DEVICE float4 activations(const Source& from, int row, int c, bool inside) const {
-    const bool read = inside && row < rows_here();
-    const uint32_t at = read ? row * from.stride + c * static_cast<uint32_t>(sizeof(T)) : 0;
-    const float4 x = __ldcg(reinterpret_cast<const float4*>(from.rows + at));
-    return read ? x : float4{0, 0, 0, 0};
-  }
-
-  // The result of attention from those of the splits.
-  template <class T>
-  BIFLOW_DEVICE float4 joined_splits(int local_row, int c, bool inside) const {
-    constexpr int n = 16 / sizeof(T);
-    float v[n] = {}, total = 0, top = -INFINITY;
-    if (!inside || local_row >= rows_here() || c >= s_.width) return {0, 0, 0, 0};
-    const int64_t row = row_group_ * kRows + local_row;
-    const int head = c / s_.head_dim;  // of all n: head_dim is a multiple of 8
-    const auto weight_of = [&](int split) {
-      return __ldcg(s_.lse + (static_cast<int64_t>(split) * s_.rows + row) * s_.heads + head);
-    };
-    for (int split = 0; split < s_.plan.splits; ++split) top = fmaxf(top, weight_of(split));
-    for (int split = 0; split < s_.plan.splits; ++split) {
-      const float weight = arch::exp2_fast(weight_of(split) - top);
-      const float* const from = s_.partial + (static_cast<int64_t>(split) * s_.rows + row) * s_.x_stride + c;
-#pragma unroll
-      for (int i = 0; i < n; i += 4) {
-        float four[4];
-        load4(four, from + i);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) v[i + j] += weight * four[j];
-      }
-      total += weight;
-    }
-#pragma unroll
-    for (int i = 0; i < n; ++i) v[i] /= total;
-    return packed(v);
-  }
-
-  // The embedding's input into rows_, [block][row][16]: the token that goes in, which one block writes to the output.
-  BIFLOW_DEVICE void load_tokens(const DecodePlace& at, const DecodeLinear& linear) {
-    const int size = linear.blocks * kRows * 16;
-    for (int i = threadIdx.x; i < size; i += kDecodeThreads) {
-      const int row = i / 16 % kRows, d = i / (16 * kRows) * 16 + i % 16;
-      float v = 0;
-      if (row < rows_here() && d < s_.channels)
-        v = StepTokens(s_).input(at.step, row_group_ * kRows + row, d, owner_ == 0);
-      reinterpret_cast<float*>(rows_)[i] = v;
-    }
-    __syncthreads();
-  }
 
   template <bool kTensor>
   BIFLOW_DEVICE void product(const DecodePlace& at) {
     constexpr int kTiles = tiles(kTensor);
-    const DecodeLinear linear = linear_of<Act>(s_, at);
+    using Tensor = std::integral_constant<bool, kTensor>;
+    const DecodeLinear linear = linears_[s_.product_of(at)];
     if (owner_ < 0 || owner_ >= linear.tiles) return;
-    const bool normalized = at.phase == DecodePhase::qkv || at.phase == DecodePhase::fc1;
-    const bool whole = s_.plan.norm_in_place && normalized;
-    if (whole) normalize_rows(at, linear);
-    if (at.phase == DecodePhase::embed) load_tokens(at, linear);
+    bool staged = false;
     for (int first = owner_; first < linear.tiles; first += kTiles * s_.owners) {
-      float2 more[results(kTensor)];
+      Terms more[results(kTensor)];  // on their way while others are computed
 #pragma unroll
       for (int i = 0; i < results(kTensor); ++i) more[i] = what_comes_to(at, linear, result(linear, first, i));
-      if (first != owner_) __syncthreads();  // the sums before are read
-      multiply(std::integral_constant<bool, kTensor>(), at, linear, first, whole);
+      if (first == owner_)
+        staged = stage(at, linear);
+      else
+        __syncthreads();  // the sums before are read
+      const int count = tiles_of_group(linear, first, s_.owners, kTiles);
+      if (staged)
+        multiply<true>(Tensor(), at, linear, count);
+      else
+        multiply<false>(Tensor(), at, linear, count);
       __syncthreads();
       const int warps = linear.blocks < kDecodeWarps ? linear.blocks : kDecodeWarps;
 #pragma unroll
       for (int i = 0; i < results(kTensor); ++i) {
         const Result r = result(linear, first, i);
         if (r.row < 0) continue;
-        float2 v = more[i];
-        for (int warp = 0; warp < warps; ++warp) {
+        float2 v = more[i].sum();
+#pragma unroll
+        for (int warp = 0; warp < kDecodeWarps; ++warp) {
+          if (warp >= warps) break;
           const float2 part = *reinterpret_cast<const float2*>(
               sums_ + sum_place<kTensor>(warp, 2 * (threadIdx.x + i * kDecodeThreads)));
           v.x += part.x, v.y += part.y;
@@ -158,6 +94,129 @@ class StepProducts {
       }
     }
   }
+
+  // --- what is multiplied
+
+  // The activations of a product in global memory, of this block's rows.
+  struct Source {
+    const unsigned char* rows;
+    uint32_t stride;  // bytes
+  };
+  BIFLOW_DEVICE Source source(const DecodePlace& at) const {
+    const void* from = s_.y;
+    int stride = s_.x_stride;
+    if (at.phase == DecodePhase::proj) from = s_.o;
+    if (at.phase == DecodePhase::fc2) from = s_.h, stride = s_.h_stride;
+    if (at.phase == DecodePhase::head) from = s_.x;
+    const uint32_t bytes = at.phase == DecodePhase::head ? 4 : sizeof(Act);
+    return {static_cast<const unsigned char*>(from) + static_cast<int64_t>(row_group_ * kRows) * stride * bytes,
+            static_cast<uint32_t>(stride) * bytes};
+  }
+
+  // Rows that do not exist are read from one that does: no result depends on another row.
+  BIFLOW_DEVICE int existing(int row) const { return row < rows_here_ ? row : 0; }
+
+  // Where in it this lane's 16 bytes of a block of inputs are: of rows 16 m + 8 half + g.
+  struct Lane {
+    uint32_t at[kRowTiles][2];
+  };
+  BIFLOW_DEVICE Lane lane_of(const Source& from) const {
+    Lane lane;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        lane.at[m][half] = existing(kRowTile * m + 8 * half + g_) * from.stride + 16 * t_;
+    return lane;
+  }
+  // The piece of the c-th of the blocks that a warp has from `base` on: of an address that they share.
+  BIFLOW_DEVICE static float4 piece(const Source& from, uint32_t lane, int base, int c) {
+    const unsigned char* const first =
+        from.rows + static_cast<size_t>(lane) + static_cast<size_t>(base) * kFragmentBytes;
+    return __ldcg(reinterpret_cast<const float4*>(first + c * kDecodeWarps * kFragmentBytes));
+  }
+
+  // Some products find their rows in shared memory: what normalises them, joins or makes them has put them there, as
+  // rows_[block of inputs][row][16 bytes]. Returns whether this is one; then all threads see the rows.
+  BIFLOW_DEVICE bool stage(const DecodePlace& at, const DecodeLinear& linear) {
+    if (at.phase == DecodePhase::embed) {
+      stage_tokens(at, linear);
+    } else if (kRowTiles == 1 && s_.plan.norm_in_place &&
+               (at.phase == DecodePhase::qkv || at.phase == DecodePhase::fc1)) {
+      stage_norm(at);
+    } else if (kRowTiles == 1 && s_.plan.splits > 1 && at.phase == DecodePhase::proj) {
+      stage_splits(linear);
+    } else {
+      return false;
+    }
+    __syncthreads();
+    return true;
+  }
+  BIFLOW_DEVICE float4& staged_piece(int block, int row, int piece) const {
+    return rows_[(block * kRows + row) * 4 + piece];
+  }
+
+  // The embedding's input: the token that goes in, which one block writes to the output.
+  BIFLOW_DEVICE void stage_tokens(const DecodePlace& at, const DecodeLinear& linear) {
+    const int size = linear.blocks * kRows * 16;
+    for (int i = threadIdx.x; i < size; i += kDecodeThreads) {
+      const int row = i / 16 % kRows, d = i / (16 * kRows) * 16 + i % 16;
+      float v = 0;
+      if (row < rows_here_ && d < s_.channels)
+        v = StepTokens(s_).input(at.step, row_group_ * kRows + row, d, owner_ == 0);
+      reinterpret_cast<float*>(rows_)[i] = v;
+    }
+  }
+
+  // This block's rows, normalised.
+  BIFLOW_DEVICE void stage_norm(const DecodePlace& at) {
+    constexpr int kPiece = 16 / sizeof(Act);  // channels
+    const RowNorm norm(s_, at.layer, at.phase == DecodePhase::qkv);
+    for (int row = warp_; row < rows_here_; row += kDecodeWarps)
+      norm.apply(s_.x + static_cast<int64_t>(row_group_ * kRows + row) * s_.x_stride, [&](int c, const float (&v)[4]) {
+        const int piece = c / kPiece;
+        auto* const to = reinterpret_cast<unsigned char*>(&staged_piece(piece / 4, row, piece % 4));
+        arch::Vector<Act, 4> y;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y.v[i] = arch::from_float<Act>(v[i]);
+        y.store(reinterpret_cast<Act*>(to) + c % kPiece);
+      });
+  }
+
+  // The results of attention from those of the splits.
+  BIFLOW_DEVICE void stage_splits(const DecodeLinear& linear) {
+    constexpr int n = 16 / sizeof(Act);
+    for (int i = threadIdx.x; i < linear.blocks * 4 * rows_here_; i += kDecodeThreads) {
+      const int local = i % rows_here_, piece = i / rows_here_, c = piece * n;
+      float v[n] = {}, total = 0, top = -INFINITY;
+      if (c < s_.width) {
+        const int64_t row = row_group_ * kRows + local;
+        const int head = c / s_.head_dim;  // of all n: head_dim is a multiple of 8
+        const auto weight_of = [&](int split) {
+          return __ldcg(s_.lse + (static_cast<int64_t>(split) * s_.rows + row) * s_.heads + head);
+        };
+        for (int split = 0; split < s_.plan.splits; ++split) top = fmaxf(top, weight_of(split));
+        for (int split = 0; split < s_.plan.splits; ++split) {
+          const float weight = arch::exp2_fast(weight_of(split) - top);
+          const float* const from = s_.partial + (static_cast<int64_t>(split) * s_.rows + row) * s_.x_stride + c;
+#pragma unroll
+          for (int k = 0; k < n; k += 4) {
+            float four[4];
+            load4(four, from + k);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) v[k + j] += weight * four[j];
+          }
+          total += weight;
+        }
+        const float factor = 1 / total;
+#pragma unroll
+        for (int k = 0; k < n; ++k) v[k] *= factor;
+      }
+      staged_piece(piece / 4, local, piece % 4) = packed(v);
+    }
+  }
+
+  // --- what becomes of the sums
 
   // Sums of a warp: [tile][row][8].
   template <bool kTensor>
@@ -174,28 +233,36 @@ class StepProducts {
   BIFLOW_DEVICE Result result(const DecodeLinear& linear, int first, int i) const {
     const int pair = static_cast<int>(threadIdx.x) + i * kDecodeThreads, row = pair / 4 % kRows;
     const int tile = first + pair / (4 * kRows) * s_.owners;
-    const bool exists = row < rows_here() && tile < linear.tiles;
+    const bool exists = row < rows_here_ && tile < linear.tiles;
     return {exists ? row_group_ * kRows + row : -1, tile * kFragmentColumns + pair % 4 * 2};
   }
 
-  // What a phase adds, loaded before the product: it was written at least one phase ago.
-  BIFLOW_DEVICE float2 what_comes_to(const DecodePlace& at, const DecodeLinear& linear, const Result& f) const {
-    if (f.row < 0) return {0, 0};
-    float2 sum = __ldg(reinterpret_cast<const float2*>(linear.bias + f.column));
-    const auto add = [&sum](float2 v) { sum.x += v.x, sum.y += v.y; };
+  // What a phase adds: written at least one phase ago, so it may be loaded before the product.
+  struct Terms {
+    float2 bias, more;
+
+    BIFLOW_DEVICE float2 sum() const { return {bias.x + more.x, bias.y + more.y}; }
+  };
+  BIFLOW_DEVICE Terms what_comes_to(const DecodePlace& at, const DecodeLinear& linear, const Result& f) const {
+    Terms terms = {};
+    if (f.row < 0) return terms;
+    terms.bias = __ldg(reinterpret_cast<const float2*>(linear.bias + f.column));
     if (at.phase == DecodePhase::proj || at.phase == DecodePhase::fc2) {
-      add(__ldcg(reinterpret_cast<const float2*>(s_.x + static_cast<int64_t>(f.row) * s_.x_stride + f.column)));
+      terms.more = __ldcg(reinterpret_cast<const float2*>(s_.x + static_cast<int64_t>(f.row) * s_.x_stride + f.column));
     } else if (at.phase == DecodePhase::embed) {
       const int64_t token = s_.data_index(s_.evaluated(at.step));
       if (s_.pos_embed)
-        add(__ldg(reinterpret_cast<const float2*>(s_.weights + s_.packed.pos_embed + token * s_.x_stride + f.column)));
+        terms.more =
+            __ldg(reinterpret_cast<const float2*>(s_.weights + s_.packed.pos_embed + token * s_.x_stride + f.column));
       const bool unconditional = f.row >= s_.batch;
       const float* const added = unconditional ? s_.condition.null_added : s_.condition.added;
       const int64_t b = unconditional ? f.row - s_.batch : f.row;
-      if (added != nullptr && f.column < s_.width)
-        add(__ldg(reinterpret_cast<const float2*>(added + b * s_.width + f.column)));
+      if (added != nullptr && f.column < s_.width) {
+        const float2 v = __ldg(reinterpret_cast<const float2*>(added + b * s_.width + f.column));
+        terms.more.x += v.x, terms.more.y += v.y;
+      }
     }
-    return sum;
+    return terms;
   }
 
   BIFLOW_DEVICE void store(const DecodePlace& at, const Result& f, float2 v) const {
@@ -223,54 +290,68 @@ class StepProducts {
 
   BIFLOW_DEVICE static float gelu(float v) { return 0.5f * v * (1 + erff(v * 0.7071067811865476f)); }
 
-  // This warp's sums of a few column tiles, on tensor cores.
-  BIFLOW_DEVICE void multiply(std::true_type, const DecodePlace& at, const DecodeLinear& linear, int first,
-                              bool whole) {
-    constexpr int kTiles = tiles(true);
+  // --- the products of a warp: the sums of `count` column tiles over its blocks of inputs
+
+  // On tensor cores.
+  template <bool kStaged>
+  BIFLOW_DEVICE void multiply(std::true_type, const DecodePlace& at, const DecodeLinear& linear, int count) {
+    constexpr int kTiles = tiles(true), kLoads = kStaged ? 2 : kChunk, kStep = kLoads * kDecodeWarps;
     float sum[kTiles][kRowTiles][4] = {};
-    const Source from = source<Act>(at);
-    for (int base = warp_; base < linear.blocks; base += kChunk * kDecodeWarps) {
-      float4 x[kChunk][kRowTiles][2];
-      const auto load = [&](auto&& piece) {
+    struct Chunk {
+      float4 x[kLoads][kRowTiles][2];
+    };
+    const Source from = source(at);
+    const Lane lane = lane_of(from);
+    const auto load = [&](Chunk& to, int base) {
 #pragma unroll
-        for (int c = 0; c < kChunk; ++c)
+      for (int c = 0; c < kLoads; ++c) {
+        const int block = base + c * kDecodeWarps;
 #pragma unroll
-          for (int m = 0; m < kRowTiles; ++m)
+        for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int block = base + c * kDecodeWarps;
-              x[c][m][half] = piece(block, kRowTile * m + 8 * half + g_, half, block < linear.blocks);
-            }
-      };
-      if (whole)
-        load([&](int block, int, int half, bool inside) {
-          return inside ? raw_place(block / kDecodeWarps, half, 0) : float4{0, 0, 0, 0};
-        });
-      else if (from.rows == nullptr)
-        load(
-            [&](int block, int row, int, bool inside) { return joined_splits<Act>(row, block * 32 + t_ * 8, inside); });
-      else
-        load([&](int block, int row, int, bool inside) {
-          return activations<Act>(from, row, block * 32 + t_ * 8, inside);
-        });
+          for (int half = 0; half < 2; ++half) {
+            // a value in any case: a register that is set in some turns only is kept through all phases
+            to.x[c][m][half] = float4{0, 0, 0, 0};
+            if (block < linear.blocks)
+              to.x[c][m][half] = kStaged ? staged_piece(block, existing(kRowTile * m + 8 * half + g_), t_)
+                                         : piece(from, lane.at[m][half], base, c);
+          }
+      }
+    };
+    const auto use = [&](const Chunk& chunk, int base) {
+      constexpr int kBetween = kAtOnce / kTiles;  // blocks that are used before their weights' places are filled
 #pragma unroll
-      for (int c = 0; c < kChunk; ++c) {
+      for (int c = 0; c < kLoads; ++c) {
         if (base + c * kDecodeWarps >= linear.blocks) break;
+        if (c % kBetween == 0) weights_.wait();
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          if (first + j * s_.owners >= linear.tiles) break;
+          if (j >= count) break;
           const uint4 w = weights_.next();
           const uint32_t low[2] = {w.x, w.y}, high[2] = {w.z, w.w};
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m) {
-            uint32_t top[4], bottom[4];
-            memcpy(top, &x[c][m][0], 16);
-            memcpy(bottom, &x[c][m][1], 16);
-            const uint32_t a[4] = {top[0], bottom[0], top[1], bottom[1]}, b[4] = {top[2], bottom[2], top[3], bottom[3]};
+            const uint4 top = words(chunk.x[c][m][0]), bottom = words(chunk.x[c][m][1]);
+            const uint32_t a[4] = {top.x, bottom.x, top.y, bottom.y}, b[4] = {top.z, bottom.z, top.w, bottom.w};
             arch::mma_m16n8k16<arch::bf16>(sum[j][m], a, low, sum[j][m]);
             arch::mma_m16n8k16<arch::bf16>(sum[j][m], b, high, sum[j][m]);
           }
         }
+        const bool last = c + 1 == kLoads || base + (c + 1) * kDecodeWarps >= linear.blocks;
+        if (last || (c + 1) % kBetween == 0) weights_.fill((c % kBetween + 1) * count);
+      }
+    };
+    if (kStaged) {
+      Chunk chunk;
+      for (int base = warp_; base < linear.blocks; base += kStep) load(chunk, base), use(chunk, base);
+    } else {  // the next chunk is on its way while one is used
+      Chunk even, odd;
+      load(even, warp_);
+      for (int base = warp_; base < linear.blocks; base += 2 * kStep) {
+        load(odd, base + kStep);
+        use(even, base);
+        load(even, base + 2 * kStep);
+        use(odd, base + kStep);
       }
     }
     if (warp_ >= linear.blocks) return;
@@ -287,29 +368,48 @@ class StepProducts {
   }
 
   // The same as fused multiply-adds: lane 4 g + t multiplies column g with the inputs 4 t to 4 t + 3 of each block.
-  BIFLOW_DEVICE void multiply(std::false_type, const DecodePlace& at, const DecodeLinear& linear, int first,
-                              bool whole) {
-    constexpr int kTiles = tiles(false);
+  template <bool kStaged>
+  BIFLOW_DEVICE void multiply(std::false_type, const DecodePlace& at, const DecodeLinear& linear, int count) {
+    constexpr int kTiles = tiles(false), kStep = kChunkFp32 * kDecodeWarps;
     float sum[kTiles][kRows] = {};
-    const bool tokens = at.phase == DecodePhase::embed;
-    for (int base = warp_; base < linear.blocks; base += kChunk * kDecodeWarps) {
-      float4* const own = warp_rows() + (whole ? base / kDecodeWarps * 4 * kRowTile : 0);  // [block][row][4]
-      if (!whole && !tokens) load_rows(at, linear, base, own);
+    const Source from = source(at);
+    const Lane lane = lane_of(from);
+    float4* const own = rows_ + warp_ * 4 * kRowTile * 4;  // [block][row][4]: this warp's
+    for (int base = warp_; base < linear.blocks; base += kStep) {
+      if (!kStaged) {
+        float4 x[kChunkFp32][kRowTiles][2] = {};
+        const auto each = [&](auto&& take) {
+#pragma unroll
+          for (int c = 0; c < kChunkFp32; ++c) {
+            if (base + c * kDecodeWarps >= linear.blocks) break;
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+              for (int half = 0; half < 2; ++half) take(x[c][m][half], c, m, half);
+          }
+        };
+        each([&](float4& v, int c, int m, int half) { v = piece(from, lane.at[m][half], base, c); });
+        __syncwarp();  // the rows before are read
+        each([&](float4& v, int c, int m, int half) { own[(c * kRows + kRowTile * m + 8 * half + g_) * 4 + t_] = v; });
+        __syncwarp();
+      }
 #pragma unroll 1
-      for (int c = 0; c < kChunk && base + c * kDecodeWarps < linear.blocks; ++c) {
-        const float4* const rows = tokens ? rows_ + (base + c * kDecodeWarps) * 4 * kRows : own + c * 4 * kRows;
+      for (int c = 0; c < kChunkFp32 && base + c * kDecodeWarps < linear.blocks; ++c) {
+        const float4* const rows = kStaged ? &staged_piece(base + c * kDecodeWarps, 0, 0) : own + c * 4 * kRows;
         uint4 w[kTiles] = {};
+        weights_.wait();
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
-          if (first + j * s_.owners < linear.tiles) w[j] = weights_.next();
+          if (j < count) w[j] = weights_.next();
+        weights_.fill(count);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          if (r >= rows_here()) break;
-          const float4 x = rows[4 * r + t_];
+          if (r >= rows_here_) break;
+          const float4 v = rows[4 * r + t_];
 #pragma unroll
           for (int j = 0; j < kTiles; ++j)
-            sum[j][r] += __uint_as_float(w[j].x) * x.x + __uint_as_float(w[j].y) * x.y + __uint_as_float(w[j].z) * x.z +
-                         __uint_as_float(w[j].w) * x.w;
+            sum[j][r] += __uint_as_float(w[j].x) * v.x + __uint_as_float(w[j].y) * v.y + __uint_as_float(w[j].z) * v.z +
+                         __uint_as_float(w[j].w) * v.w;
         }
       }
     }
@@ -330,102 +430,9 @@ class StepProducts {
     return (high ? cd : ab) + __shfl_xor_sync(0xffffffffu, high ? ab : cd, 2);
   }
 
-  // The activations of this warp's next kChunk blocks of 16 inputs, [block][row][4].
-  BIFLOW_DEVICE void load_rows(const DecodePlace& at, const DecodeLinear& linear, int base, float4* rows) const {
-    __syncwarp();  // the rows before are read
-    float4 x[2 * 4];
-    const Source from = source<float>(at);
-    const auto load = [&](auto&& piece) {
-#pragma unroll
-      for (int i = 0; i < 2 * 4; ++i) {
-        const int c = i / (2 * kRowTiles), row = i % (2 * kRowTiles) * 8 + g_, block = base + c * kDecodeWarps;
-        x[i] = piece(row, block * 16 + t_ * 4, block < linear.blocks);
-      }
-    };
-    if (from.rows == nullptr)
-      load([&](int row, int c, bool inside) { return joined_splits<float>(row, c, inside); });
-    else
-      load([&](int row, int c, bool inside) { return activations<float>(from, row, c, inside); });
-#pragma unroll
-    for (int i = 0; i < 2 * 4; ++i) {
-      const int c = i / (2 * kRowTiles), row = i % (2 * kRowTiles) * 8 + g_;
-      rows[(c * kRows + row) * 4 + t_] = x[i];
-    }
-    __syncwarp();
+  BIFLOW_DEVICE static uint4 words(const float4& v) {
+    return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
   }
-
-  // --- rows that are normalised in place
-
-  // In place: this block's rows, as its products read them, into rows_. Blocks of inputs and lanes as in a product.
-  BIFLOW_DEVICE void normalize_rows(const DecodePlace& at, const DecodeLinear& linear) {
-    constexpr int kInputs = 16 / sizeof(Act), kDepth = 4 * kInputs;  // of a lane, of a block
-    const RowNorm norm(s_, at.layer, at.phase == DecodePhase::qkv);
-    Moments m[2];
-    for (int block = warp_, i = 0; block < linear.blocks; block += kDecodeWarps, ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = 8 * half + g_, c = block * kDepth + t_ * kInputs;
-        float v[kInputs];
-#pragma unroll
-        for (int k = 0; k < kInputs / 4; ++k) {
-          float4 x = {0, 0, 0, 0};
-          if (row < rows_here()) x = __ldcg(reinterpret_cast<const float4*>(s_.x + row_offset(row) + c) + k);
-          raw_place(i, half, k) = x;
-          v[4 * k] = x.x, v[4 * k + 1] = x.y, v[4 * k + 2] = x.z, v[4 * k + 3] = x.w;
-        }
-        m[half] = norm.joined(m[half], norm.moments(v, c));
-      }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      m[half] = norm.over_lanes(m[half], 1, 4);
-      const float2 own = {m[half].mean, m[half].squares};
-      if (t_ == 0) statistics_[(8 * half + g_) * kDecodeWarps + warp_] = own;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      m[half] = {};
-      for (int other = 0; other < kDecodeWarps; ++other) {
-        const float2 two = statistics_[(8 * half + g_) * kDecodeWarps + other];
-        m[half] = norm.joined(m[half], {static_cast<float>(channels_of(other, linear.blocks, kDepth)), two.x, two.y});
-      }
-    }
-    for (int block = warp_, i = 0; block < linear.blocks; block += kDecodeWarps, ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float v[kInputs];
-#pragma unroll
-        for (int k = 0; k < kInputs / 4; ++k) {
-          const float4 x = raw_place(i, half, k);
-          v[4 * k] = x.x, v[4 * k + 1] = x.y, v[4 * k + 2] = x.z, v[4 * k + 3] = x.w;
-        }
-        norm.apply(v, block * kDepth + t_ * kInputs, m[half]);
-        const float4 row = packed(v);
-        raw_place(i, half, 0) = row;
-      }
-    __syncwarp();  // fused multiply-adds read other lanes' rows
-  }
-
-  // Channels of the blocks that a warp has.
-  BIFLOW_DEVICE int channels_of(int warp, int blocks, int depth) const {
-    const int count = warp < blocks ? (blocks - warp + kDecodeWarps - 1) / kDecodeWarps : 0;
-    const bool has_last = count > 0 && (blocks - 1 - warp) % kDecodeWarps == 0;
-    return count * depth - (has_last ? blocks * depth - s_.width : 0);
-  }
-
-  // The k-th four channels of a lane's rows g and g + 8 of the warp's i-th block. Those of k = 0 hold the normalised
-  // row afterwards; with fp32 they lie as [block][row][16].
-  BIFLOW_DEVICE float4& raw_place(int i, int half, int k) const {
-    constexpr int kFours = 4 / sizeof(Act);
-    return warp_rows()[((i * 2 + half) * kFours + k) * 32 + threadIdx.x % 32];
-  }
-  BIFLOW_DEVICE float4* warp_rows() const {
-    const int unit = kDecodeWarps * kFragmentBytes / static_cast<int>(sizeof(Act));
-    const int blocks = s_.plan.norm_in_place ? (s_.width + unit - 1) / unit : 0;
-    const int whole = blocks * 2 * (4 / static_cast<int>(sizeof(Act))) * 32, least = 4 * kRowTile * 4;
-    return rows_ + warp_ * (whole > least ? whole : least);
-  }
-
   BIFLOW_DEVICE static float4 packed(const float (&v)[4]) { return {v[0], v[1], v[2], v[3]}; }
   BIFLOW_DEVICE static float4 packed(const float (&v)[8]) {
     uint32_t pair[4];
@@ -437,11 +444,11 @@ class StepProducts {
   }
 
   const DecodeState& s_;
-  const int row_group_, owner_, warp_, g_, t_;
+  const int row_group_, owner_, warp_, g_, t_, rows_here_;
+  DecodeLinear* const linears_;
   WeightStream<Act, kRowTiles> weights_;
   float* sums_;
   float4* rows_;
-  float2* statistics_;  // [16 rows][warp]: mean, squares
 };
 
 }  // namespace biflow::cuda

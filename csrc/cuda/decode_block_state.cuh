@@ -15,6 +15,7 @@ namespace biflow::cuda {
 constexpr int kDecodeWarps = 8, kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kRowTile = 16;   // sequences that one tensor-core product takes
 constexpr int kRing = 12;      // 16-byte pieces of weights under way for each thread
+constexpr int kAtOnce = 8;     // of them, those that are used before others take their places
 constexpr int kMaxHead = 256;  // channels of a head
 
 //                              reads            writes
@@ -109,6 +110,39 @@ struct DecodeState {
   }
   BIFLOW_HOST_DEVICE bool is_last(const DecodePlace& at) const { return at.step == steps; }
 
+  // The products of a step in order: proj_in, of every layer qkv, proj, fc1 and fc2, proj_out.
+  BIFLOW_HOST_DEVICE int products() const { return 4 * layers + 2; }
+  BIFLOW_HOST_DEVICE int product_of(const DecodePlace& at) const {
+    switch (at.phase) {
+      case DecodePhase::embed:
+        return 0;
+      case DecodePhase::head:
+        return 4 * layers + 1;
+      case DecodePhase::qkv:
+        return 4 * at.layer + 1;
+      case DecodePhase::proj:
+        return 4 * at.layer + 2;
+      case DecodePhase::fc1:
+        return 4 * at.layer + 3;
+      default:
+        return 4 * at.layer + 4;
+    }
+  }
+  BIFLOW_HOST_DEVICE DecodePlace product_place(int product) const {
+    if (product == 0) return {0, 0, DecodePhase::embed};
+    if (product == 4 * layers + 1) return {0, 0, DecodePhase::head};
+    const int which = (product - 1) % 4;
+    return {0, (product - 1) / 4,
+            which == 0   ? DecodePhase::qkv
+            : which == 1 ? DecodePhase::proj
+            : which == 2 ? DecodePhase::fc1
+                         : DecodePhase::fc2};
+  }
+  // Whether a step has that product, as is_product says of places.
+  BIFLOW_HOST_DEVICE bool has_product(int step, int product) const {
+    return !in_prefix(step) || (product > 0 && product <= 4 * layers - 3);
+  }
+
   // The next phase in order, one that is left out as well.
   BIFLOW_HOST_DEVICE void advance(DecodePlace& at) const {
     if (at.phase == DecodePhase::head) {
@@ -123,28 +157,33 @@ struct DecodeState {
   }
 };
 
+// Whether a block brings whole rows into shared memory before some products: those that it normalises, and those that
+// attention has left in splits. row_tiles == 1.
+BIFLOW_HOST_DEVICE bool stages_rows(const DecodePlan& plan) { return plan.norm_in_place || plan.splits > 1; }
+
 // Where a block's dynamic shared memory goes, in bytes.
 struct DecodeShared {
-  size_t ring;        // weights under way
-  size_t sums;        // of a product, or what attention's warps exchange
-  size_t rows;        // activations: of four row tiles and blocks of inputs a warp, whole rows, or tokens
-  size_t statistics;  // of these rows
+  size_t linears;  // the products of a step
+  size_t ring;     // weights under way
+  size_t sums;     // of a product, or what attention's warps exchange
+  size_t rows;     // activations: of four row tiles and blocks of inputs a warp, whole rows, or tokens
 
-  BIFLOW_HOST_DEVICE size_t all() const { return ring + sums + rows + statistics; }
+  BIFLOW_HOST_DEVICE size_t all() const { return linears + ring + sums + rows; }
 };
 
-BIFLOW_HOST_DEVICE DecodeShared decode_shared(const DecodePlan& plan, bool bf16, int width, int channels) {
+BIFLOW_HOST_DEVICE DecodeShared decode_shared(const DecodePlan& plan, bool bf16, int width, int layers, int channels) {
   const int tiles = bf16 ? (plan.row_tiles == 4 ? 8 : 4 * plan.row_tiles) : 4;  // of columns and rows
-  const int unit = kDecodeWarps * kFragmentBytes / (bf16 ? 2 : 4);
+  const int depth = kFragmentBytes / (bf16 ? 2 : 4);
   const auto largest = [](size_t a, size_t b) { return a > b ? a : b; };
   const size_t ring = static_cast<size_t>(kRing) * kDecodeThreads * 16;
   const size_t sums = sizeof(float) * kDecodeWarps * tiles * kRowTile * kFragmentColumns;
   const size_t exchange = sizeof(float) * 2 * kDecodeWarps * (kMaxHead + 2);
   const size_t rows = static_cast<size_t>(kDecodeWarps) * 4 * kRowTile * kFragmentBytes;
-  const size_t whole = plan.norm_in_place ? sizeof(float) * kRowTile * ((width + unit - 1) / unit * unit) : 0;
+  const size_t whole =
+      stages_rows(plan) ? static_cast<size_t>(kRowTile) * kFragmentBytes * ((width + depth - 1) / depth) : 0;
   const size_t tokens = sizeof(float) * kRowTile * plan.row_tiles * ((channels + 15) / 16 * 16);
-  return {ring, largest(sums, exchange), largest(largest(rows, whole), tokens),
-          plan.norm_in_place ? sizeof(float2) * kRowTile * kDecodeWarps : 0};
+  const size_t linears = sizeof(DecodeLinear) * (4 * static_cast<size_t>(layers) + 2);
+  return {(linears + 15) / 16 * 16, ring, largest(sums, exchange), largest(largest(rows, whole), tokens)};
 }
 
 // Enqueues the phases, at most so many of them where they are launches of their own.

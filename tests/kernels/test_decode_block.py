@@ -166,6 +166,20 @@ def test_many_tokens(backend, precision, leave_out):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_wide_rows(backend, norm, precision, leave_out):
+    """More channels than a lane keeps of a row, more inputs than two of the loads that are under way together hold."""
+    if backend.name not in ("forward", "cuda"):
+        leave_out("in one order")
+    sizes = dict(tokens=3, width=832, head_dim=208, mlp_hidden=1700, layers=1, norm=norm)
+    config = BlockConfig(**{**BASE, **sizes})
+    call = Call(backend, config, random_weights(config), precision, {})
+    z = torch.randn(3, 3, BASE["channels"], generator=torch.Generator().manual_seed(0))
+    for plan in ([1, 1, 4, 1, 8, 1], [1, 1, 3, 1, 8, 0], [1, 2, 4, 1, 8, 0], [1, 4, 4, 1, 8, 0]):
+        check(call, z, plan)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_bits_do_not_depend_on_rows_and_blocks(backend, precision, leave_out):
     """Nor on how it is launched, nor on the samples beside one, nor on the run."""
     if backend.name in ("reverse", "random"):
@@ -242,7 +256,8 @@ def test_plans_that_do_not_suit(backend, plan, error):
 def test_more_blocks_than_are_resident_at_once(backend):
     """A launch a phase in place of one for all."""
     call, z = make_call(backend, "tarflow", "fp32", batch=20)
-    assert torch.equal(call(z, [1, 1, 2000, 1, 8, 0]), call(z, [1, 1, 2, 1, 8, 0]))
+    blocks = 2000 if backend.name == "cuda" else 40  # the emulator has four multiprocessors
+    assert torch.equal(call(z, [1, 1, blocks, 1, 8, 0]), call(z, [1, 1, 2, 1, 8, 0]))
 
 
 @pytest.mark.gpu

@@ -51,19 +51,19 @@ def test_a_plan_suits_the_machine(plan_of, flow, machine, precision):
             assert plan["blocks"] >= groups
             if plan["persistent"]:
                 assert plan["blocks"] <= MACHINES[machine][0], "one block a multiprocessor"
-            assert not (plan["norm_in_place"] and row_tiles > 1)
+            assert row_tiles == 1 or not (plan["norm_in_place"] or plan["splits"] > 1)
             assert plan["splits"] == 1 or plan["warps"] == 8
             assert plan["splits"] * rows * FLOWS[flow]["width"] // 64 <= plan["blocks"] or plan["splits"] == 1
 
 
 def test_more_rows_take_more_tiles_where_they_fit(plan_of):
-    tiles = {m: [plan_of(m, batch=b)["row_tiles"] for b in (16, 17, 64, 65, 256)] for m in MACHINES}
-    assert tiles["H200"] == tiles["A100"] == tiles["MIG"] == [1, 2, 2, 4, 4]
-    assert tiles["L4"] == [1, 1, 1, 1, 1]  # sums of more tiles do not fit beside the weights under way
+    tiles = {m: [plan_of(m, batch=b)["row_tiles"] for b in (64, 65, 512, 513)] for m in MACHINES}
+    assert tiles["H200"] == tiles["A100"] == tiles["MIG"] == [1, 2, 2, 4]
+    assert tiles["L4"] == [1, 1, 1, 1]  # sums of more tiles do not fit beside the weights under way
 
 
 def test_few_long_sequences_share_tokens(plan_of):
-    assert [plan_of("H200", f)["splits"] for f in ("S", "B/2", "TARFlow-64")] == [1, 2, 8]
+    assert [plan_of("H200", f)["splits"] for f in ("S", "B/2", "TARFlow-64")] == [1, 1, 4]
     assert plan_of("H200", "TARFlow-64", 64)["splits"] == 1
     assert plan_of("H200", "TARFlow-64", head_dim=12, width=96)["splits"] == 1  # no whole 16 bytes
 

@@ -30,7 +30,7 @@ class Stopping:
 
 
 @pytest.mark.parametrize("where", ["forward", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("batch", [2, 17])  # norms within other phases, and as phases of their own
+@pytest.mark.parametrize("batch", [2, 65])  # norms within other phases, and as phases of their own
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_launch_for_each_phase(where, batch, precision, monkeypatch):
     backend = backends.get(where)
