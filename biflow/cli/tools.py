@@ -32,7 +32,9 @@ DECODE = "Of decode:"
 def bench(
     op: Annotated[
         str | None,
-        typer.Option("--op", metavar="|".join(OPS), help="One benchmark; decode, encode, training: whole flows.  [default: all]"),
+        typer.Option(
+            "--op", metavar="|".join(OPS), help="One benchmark; decode, encode, training: whole flows.  [default: all]"
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few cases, few repetitions: under a minute.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.  [default: torch's choice]")] = None,
