@@ -98,6 +98,12 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
       "Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, int prefix) "
       "-> (Tensor grad_qkv, Tensor grad_q_norm, Tensor grad_k_norm)");
 
+  // attention over few tokens in bf16, without a mask; CPUs with tile products only. lse: log of the weights' sums
+  m.def("attention_short(Tensor q, Tensor k, Tensor v, bool causal, float scale) -> (Tensor o, Tensor lse)");
+  m.def(
+      "attention_short_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor lse, bool causal, float scale) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+
   // norm of x, or of h = x + residual; CUDA in Triton. narrow: a copy of the gradient in this dtype too
   m.def("norm(Tensor x, Tensor weight, Tensor? bias, str kind, float eps, ScalarType? dtype) -> Tensor");
   m.def(
@@ -107,7 +113,7 @@ STABLE_TORCH_LIBRARY(BIFLOW_LIBRARY, m) {
       "norm_backward(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor? bias, str kind, float eps, "
       "ScalarType? narrow) -> (Tensor grad_x, Tensor grad_narrow, Tensor grad_weight, Tensor grad_bias)");
 
-  // what an MLP does between its linear layers; CUDA in Triton
+  // what an MLP does between its linear layers; CUDA in Triton, CPU swiglu only
   m.def("gate(Tensor m, str kind) -> Tensor");
   m.def("gate_backward(Tensor grad_y, Tensor m, str kind) -> Tensor");
 }

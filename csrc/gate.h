@@ -1,23 +1,20 @@
-// What an MLP does between its two linear layers, and its gradient: gelu(m), or silu(a) b of the halves [a | b] of a
-// row.
+// The gate of a SwiGLU and its gradient: silu(a) b of the halves [a | b] of a row, silu(a) = a / (1 + exp(-a)).
 #pragma once
 
 #include <cstdint>
 
 #include "affine.h"
-#include "block.h"
 
 namespace biflow {
 
 // All tensors contiguous and of one dtype, f32, bf16 or f16.
 struct GateParams {
-  int64_t rows = 0, channels = 0;  // channels: of the result; m has as many (gelu) or twice as many (swiglu)
-  Gate kind = Gate::gelu;
+  int64_t rows = 0, channels = 0;  // channels: of the result
   DType type = DType::f32;
-  const void* m = nullptr;       // (rows, channels or 2 channels)
-  void* y = nullptr;             // (rows, channels)            [forward]
-  const void* grad_y = nullptr;  // (rows, channels)            [backward]
-  void* grad_m = nullptr;        // as m                        [backward]
+  const void* m = nullptr;       // (rows, 2 channels)
+  void* y = nullptr;             // (rows, channels)    [forward]
+  const void* grad_y = nullptr;  // (rows, channels)    [backward]
+  void* grad_m = nullptr;        // (rows, 2 channels)  [backward]
 };
 
 namespace cpu {

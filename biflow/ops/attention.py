@@ -1,8 +1,8 @@
 """Scaled dot-product attention over (B, H, T, d), and over a layer's packed projection (B, T, 3 H d).
 
 Without gradients, bf16 and fp16 on a GPU take the kernel of csrc/cuda/attention.cuh; everything else, and all of it in
-a build without CUDA kernels, is torch's own attention, which training uses anyway; but for the gradients of short
-sequences in bf16 on a CPU, where torch's are slow.
+a build without CUDA kernels, is torch's own attention, which training uses anyway; but for short sequences in bf16 on a
+CPU, where torch's is slow.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from biflow import _library  # noqa: F401
 from biflow.ops._arrays import takes_arrays
-from biflow.ops._attention_gradient import SHORTER_THAN, AttentionByProducts
+from biflow.ops._attention_short import short_attention
 from biflow.ops._checks import FLOATS, any_requires_grad, backwards_only, check_flag, check_number, check_tensor
 from biflow.ops._derivatives import of_gradient
 
@@ -204,18 +204,6 @@ def _heads_have_kernel(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
     )
 
 
-def _products_pay(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether gradients are wanted, backwards only, of what `AttentionByProducts` is faster at."""
-    return (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and q.shape[2] == k.shape[2] < SHORTER_THAN
-        and torch.is_grad_enabled()
-        and any_requires_grad(q, k, v)
-        and backwards_only()
-    )
-
-
 def _wants_gradient(*inputs: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any_requires_grad(*inputs):
         return True
@@ -235,9 +223,8 @@ def _attention(q, k, v, causal, scale, mask):
         return torch.zeros_like(q)
     queries, keys = q.shape[2], k.shape[2]
     if mask is None and (not causal or queries == keys):  # torch's is_causal aligns other shapes at the start
-        if _products_pay(q, k, v):
-            return AttentionByProducts.apply(q, k, v, causal, scale)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        o = short_attention(q, k, v, causal, scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale) if o is None else o
     if mask is None and queries == 1:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     earlier = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries) if causal else None

@@ -1,7 +1,7 @@
 """Gates of an MLP: checks, dispatch, autograd. The maths: gate.
 
-CUDA tensors go to the Triton kernels of this stem, CPU tensors to csrc/cpu/gate.cpp; float64, and CPU tensors under the
-transforms of torch.func, to torch's functions.
+CUDA tensors go to the Triton kernels of this stem, "swiglu" on a CPU to csrc/cpu/gate.cpp; float64, "gelu" on a CPU
+(torch's is as fast), and CPU tensors under the transforms of torch.func, to torch's functions.
 """
 
 import torch
@@ -38,7 +38,8 @@ def gate(m: Tensor, kind: str) -> Tensor:
             Triton, which torch's CUDA wheels for Linux bring.
     """
     _check(m, kind)
-    if m.dtype != torch.float64 and (m.is_cuda or (m.device.type == "cpu" and backwards_only())):
+    own = m.is_cuda or (m.device.type == "cpu" and kind == "swiglu" and backwards_only())
+    if own and m.dtype != torch.float64:
         return torch.ops.biflow.gate(m, kind)
     return _composed(m, kind)
 

@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm, alone or after the residual addition: checks, dispatch, autograd. The maths: norm.
 
 CUDA tensors go to the Triton kernels of this stem, but for rows longer than these take, CPU tensors to
-csrc/cpu/norm.cpp; float64, and CPU tensors under the transforms of torch.func, to torch's functions.
+csrc/cpu/norm.cpp; to torch's functions float64, LayerNorm on a CPU in float32 alone (torch's is as fast), and CPU
+tensors under the transforms of torch.func.
 """
 
 import torch
@@ -54,7 +55,7 @@ def norm(
             fit. RuntimeError: CUDA tensors without Triton, which torch's CUDA wheels for Linux bring.
     """
     _check(x, weight, bias, kind, eps, dtype)
-    if _has_kernel(x, x.dtype):
+    if _has_kernel(kind, x, x.dtype, dtype):
         return torch.ops.biflow.norm(x, *_vectors(x, weight, bias), kind, eps, dtype)
     return _composed(x, weight, bias, kind, eps, dtype)
 
@@ -84,7 +85,7 @@ def add_norm(
     """
     _check(x, weight, bias, kind, eps, dtype)
     _check_beside("residual", residual, x, x.shape)
-    if _has_kernel(x, residual.dtype):
+    if _has_kernel(kind, x, residual.dtype, dtype):
         return torch.ops.biflow.add_norm(x, residual, *_vectors(x, weight, bias), kind, eps, dtype)
     h = x + residual
     return _composed(h, weight, bias, kind, eps, dtype or x.dtype), h
@@ -106,10 +107,13 @@ def _to(t, dtype):
     return t if t.dtype == dtype else t.to(dtype)  # what changes nothing costs as much as half a small norm
 
 
-def _has_kernel(x, residual_dtype):
+def _has_kernel(kind, x, residual_dtype, dtype):
     if torch.float64 in (x.dtype, residual_dtype):
         return False
-    return x.shape[-1] <= _WIDEST if x.is_cuda else x.device.type == "cpu" and backwards_only()
+    if x.is_cuda:
+        return x.shape[-1] <= _WIDEST
+    plain = kind == "layernorm" and x.dtype == residual_dtype == (dtype or x.dtype) == torch.float32
+    return x.device.type == "cpu" and not plain and backwards_only()
 
 
 def _vectors(x, weight, bias):
