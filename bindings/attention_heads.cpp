@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "options.h"
 
@@ -87,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_heads_backward(Tensor grad_q, Tenso
   }
   Tensor grad_qkv = torch::stable::new_empty(qkv, qkv.sizes());
   p.grad_qkv = grad_qkv.mutable_data_ptr();
-  Tensor partial = torch::stable::new_empty(qkv, {p.chunks(), 2, p.d}, ScalarType::Float);
-  p.partial = partial.mutable_data_ptr<float>();
+  std::vector<float> partial(p.chunks() * 2 * p.d);
+  p.partial = partial.data();
   run(p, &biflow::cpu::heads_backward);
   const auto weight_gradient = [&](int which) {
     Tensor grad = torch::stable::new_empty(qkv, {p.norm[which] ? p.d : 0}, ScalarType::Float);

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "options.h"
 
@@ -110,8 +111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(Tensor grad_y_in, Maybe
   if (narrow_type.has_value()) p.narrow = narrow.mutable_data_ptr(), p.narrow_type = float_type("narrow", narrow);
   Tensor grad_weight = torch::stable::new_empty(weight, {p.channels});
   Tensor grad_bias = torch::stable::new_empty(weight, {bias.has_value() ? p.channels : 0});
-  Tensor partial = torch::stable::new_empty(weight, {p.chunks(), 2, p.channels});
-  p.partial = partial.mutable_data_ptr<float>();
+  std::vector<float> partial(p.chunks() * 2 * p.channels);
+  p.partial = partial.data();
   torch::stable::parallel_for(0, p.chunks(), 1 + kGrain / (p.channels * p.rows_per_chunk()),
                               [&](int64_t begin, int64_t end) { biflow::cpu::norm_backward(p, begin, end); });
   biflow::cpu::norm_weight_gradients(p, grad_weight.mutable_data_ptr<float>(),

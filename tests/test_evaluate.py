@@ -300,3 +300,12 @@ def test_an_inverse_with_classes_fits_a_flow_without(real):
     report = evaluate.evaluate_inverse(rev, tiny_flow(noise_std=0.1), real, QUICK)
     assert [s["guidance"] for s in report["samples"]] == [0.0, 1.0]
     assert all(math.isfinite(s["distance_to_exact"]) for s in report["samples"])
+
+
+def test_heap_is_trimmed_after_each_batch(monkeypatch):
+    trims = []
+    monkeypatch.setattr(metrics, "_trim_heap", lambda: trims.append(1))
+    flow = tiny_flow()
+    config = EvaluationConfig(samples=7, batch_size=3)
+    assert len(metrics.decode_exact(flow, *metrics.noise(flow, config), 0.0, config)) == 7
+    assert len(trims) == 3
