@@ -1,5 +1,6 @@
 """Ablations: rows trained and compared, kept and resumed."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -253,6 +254,15 @@ def test_semantics_are_measured_along_the_training_and_compared_with_the_baselin
     (study / "plain.yaml").write_text(yaml.safe_dump(row | {"semantics": semantics | {"classify_images": 10}}))
     with pytest.raises(ValueError, match=r"semantics\.classify_images = 20, this configuration 10"):
         ablation.run_ablation(files[1:], out, seeds=(1,), progress=False)
+
+
+def test_runs_from_before_alignment_keep_their_folder():
+    config = tiny_training.flow_config("images.npz")
+    named = to_mapping(config)
+    assert named.pop("representation") is None
+    del named["data"]["source"]
+    text = json.dumps({"flow": named}, sort_keys=True)
+    assert runner._digest(config) == hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def test_steps_to_reach():

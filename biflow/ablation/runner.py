@@ -221,4 +221,6 @@ def _with_defaults(configuration: dict) -> dict:
 
 def _digest(flow: FlowTraining, inverse: InverseTraining | None = None) -> str:
     named = _without_place({k: to_mapping(c) for k, c in (("flow", flow), ("inverse", inverse)) if c is not None})
+    if flow.representation is None:
+        del named["flow"]["representation"]  # the field is newer than folders that runs are in
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]
