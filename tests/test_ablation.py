@@ -1,5 +1,6 @@
 """Ablations: rows trained and compared, kept and resumed."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -221,3 +222,65 @@ def test_rows_that_differ_in_evaluation_share_the_inverse(study, monkeypatch):
     assert len(trained) == 2
     assert len(set(trained)) == 1
     assert results["learned"][0]["samples"][0] == results["other"][0]["samples"][0]
+
+
+# --- what a flow knows of classes
+
+
+def test_semantics_are_measured_along_the_training_and_compared_with_the_baseline(study):
+    semantics = dict(classify_images=20, probe=dict(train_images=60), curve_samples=60)
+    settings = ["run.keep=10", "run.checkpoint_every=2"]
+    own = "representation={features: [[-1, 0]], projector_width: 8, encoder: {steps: 2}}"
+    for name, more in (("aligned", [own]), ("plain", [])):
+        row = dict(title=name, flow="flow.yaml", flow_settings=[*settings, *more], evaluation=EVALUATION)
+        (study / f"{name}.yaml").write_text(yaml.safe_dump(row | {"semantics": semantics}))
+    out = study / "out"
+    files = [study / "aligned.yaml", study / "plain.yaml"]
+    results = ablation.run_ablation(files, out, seeds=(1,), progress=False)
+    found = results["aligned"][0]["semantics"]
+    assert [point["step"] for point in found["curve"]] == [2, 4, 6]
+    assert [(p["block"], p["layer"]) for p in found["probe"]] == [(0, 0), (1, 0)]
+    assert found["classification"]["count"] == 20
+    assert found["curve"][-1]["accuracy"] == found["classification"]["accuracy"], "of the same averaged weights"
+    want = {s["guidance"]: s["frechet"] for s in results["aligned"][0]["samples"]}[0.0]
+    assert found["curve"][-1]["frechet"] == pytest.approx(want, rel=1e-6)
+    text = (out / "table.md").read_text()
+    assert text == ablation.table(results) + "\n" + ablation.semantics_table(results)
+    plain = next(line for line in text.splitlines()[4:] if line.startswith("| plain"))
+    curve = results["plain"][0]["semantics"]["curve"]
+    steps = [ablation.steps_to_reach(curve, curve[-1][name], name) for name in ("frechet", "accuracy")]
+    assert f"| {steps[0]} | {steps[1]} |" in plain
+    assert ablation.run_ablation(files, out, seeds=(1,), progress=False) == results, "kept"
+    (study / "plain.yaml").write_text(yaml.safe_dump(row | {"semantics": semantics | {"classify_images": 10}}))
+    with pytest.raises(ValueError, match=r"semantics\.classify_images = 20, this configuration 10"):
+        ablation.run_ablation(files[1:], out, seeds=(1,), progress=False)
+
+
+def test_runs_from_before_alignment_keep_their_folder():
+    config = tiny_training.flow_config("images.npz")
+    named = to_mapping(config)
+    assert named.pop("representation") is None
+    del named["data"]["source"]
+    text = json.dumps({"flow": named}, sort_keys=True)
+    assert runner._digest(config) == hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def test_steps_to_reach():
+    curve = [{"step": s, "frechet": f, "accuracy": a} for s, f, a in ((1, 9.0, 0.2), (2, None, 0.5), (3, 4.0, 0.4))]
+    assert ablation.steps_to_reach(curve, 4.0, "frechet") == 3
+    assert ablation.steps_to_reach(curve, 9.5, "frechet") == 1
+    assert ablation.steps_to_reach(curve, 3.9, "frechet") is None
+    assert ablation.steps_to_reach(curve, 0.4, "accuracy") == 2
+    assert ablation.steps_to_reach(curve, None, "frechet") is None
+    assert ablation.semantics_table({"a": [{"semantics_of": "none"}]}) == ""
+
+
+def test_rows_of_flowback_differ_in_the_alignment_alone():
+    folder = Path(__file__).parents[1] / "configs" / "flowback"
+    trained = {path.stem: ablation.read_row(path).training(0, [])[0] for path in folder.glob("*.yaml")}
+    plain = to_mapping(trained.pop("baseline"))
+    assert plain["representation"] is None
+    assert set(trained) == {"detach", "detach_first", "forward", "reverse_live"}
+    for config in trained.values():
+        assert {**to_mapping(config), "representation": None} == plain
+    assert {c.representation.strategy for c in trained.values()} == {"detach", "forward", "reverse"}

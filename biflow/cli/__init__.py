@@ -1,5 +1,5 @@
-"""The command line: `biflow train | distill | sample | calibrate | evaluate | info | classify | inpaint | edit |
-interpolate | ablate | demo | bench`.
+"""The command line: `biflow train | distill | sample | calibrate | evaluate | info | classify | probe | inpaint |
+edit | interpolate | ablate | demo | bench`.
 
 Exit codes: 0 done, 1 a failure at run time, 2 wrong usage, configuration, data or checkpoint, 130 interrupted
 (SIGINT), 143 terminated (SIGTERM).

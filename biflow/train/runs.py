@@ -22,6 +22,7 @@ from biflow.config import completed
 from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
 FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep")}
+FREE_FIELDS.add("representation.cache_features")
 
 
 def prepare(out: Path, config: dict, resume: bool) -> None:
@@ -66,9 +67,12 @@ def check_same(found: dict, config: dict, where: str) -> None:
     """ValueError naming the first field in which the run's configuration differs from the one given."""
     old, new = flatten(found), flatten(config)
     for name in new:
-        if name not in FREE_FIELDS and old.get(name) != new.get(name):
+        had = old.get(name)
+        if name not in old:  # a group of settings where there is none now
+            had = {key: value for key, value in old.items() if key.startswith(f"{name}.")} or None
+        if name not in FREE_FIELDS and had != new[name]:
             raise ValueError(
-                f"{where}: the run to resume has {name} = {old.get(name)!r}, this configuration {new.get(name)!r}; "
+                f"{where}: the run to resume has {name} = {had!r}, this configuration {new[name]!r}; "
                 "resume with the configuration of the run, or start another one in a new folder (another --out)"
             )
 

@@ -20,23 +20,38 @@ from biflow.train.configs import FlowTraining, InverseTraining
 from biflow.train.optim import Average, DataOrder, learning_rate, make_optimizer
 
 STATE_KIND = "training state"
+OWN = "objective."  # what names of the objective's own parameters begin with in a state
 VALIDATION_SEED = 0x5EED  # its noise is the same in every validation
 
 
 class Objective(Protocol):
-    """A stage: its name, the model class's loss, and what else must not change when a run is resumed."""
+    """A stage: its name, the model class's loss, and what else must not change when a run is resumed.
+
+    module: what is trained beside the model and kept in training states only, without averaged weights; may be empty.
+    """
 
     stage: str
     identity: dict[str, Any]
+    module: nn.Module
 
     def prepare(self, out: Path, progress: bool) -> None:
         """Before the first step of a sitting, with the run's folder there: make or read what the loss needs."""
         ...
 
     def loss(
-        self, model: nn.Module, x: Tensor, y: Tensor | None, generator: torch.Generator, *, training: bool
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor | None,
+        generator: torch.Generator,
+        *,
+        training: bool,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B,C,H,W) clean, y (B,) or None -> (scalar loss, terms to log). training: drop labels, move buffers."""
+        """x (B,C,H,W) clean, y (B,) or None -> (scalar loss, terms to log). training: drop labels, move buffers.
+
+        rows: (B,) of the N training images, i of image i, N + i of it mirrored; None: held-out ones.
+        """
         ...
 
 
@@ -51,7 +66,8 @@ class Trainer:
         self.mapping = {"stage": objective.stage, **checkpoint.to_mapping(config)}
         self.model = model.to(self.device).train()
         self.average = Average(self.model, config.optim.ema)
-        self.optimizer = make_optimizer(self.model, config.optim)
+        self.own = objective.module.to(self.device).train()
+        self.optimizer = make_optimizer(self.model, config.optim, self.own)
         self.order = DataOrder(len(data.train_x), config.optim.batch_size, config.run.seed)
         self.generator = torch.Generator(self.device).manual_seed(config.run.seed)
         self.step = 0
@@ -107,7 +123,8 @@ class Trainer:
 
         def fill(folder: Path) -> None:
             tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-            for name, parameter in self.model.named_parameters():
+            tensors |= {f"{OWN}{k}": v for k, v in self.own.state_dict().items()}
+            for name, parameter in self._parameters():
                 tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
             tensors["generator"] = self.generator.get_state()
             metadata = {"step": self.step, "seconds": self.seconds, "window": self.window, **self.objective.identity}
@@ -122,8 +139,9 @@ class Trainer:
         runs.check_same(found, {**self.mapping, **self.objective.identity}, str(self.out))
         tensors, metadata = state.tensors, state.metadata
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.own.load_state_dict({k[len(OWN) :]: v for k, v in tensors.items() if k.startswith(OWN)})
         self.average.model.load_state_dict(average.state_dict())
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
             if keys:  # a parameter that had no gradient yet has no moments
                 self.optimizer.state[parameter] = {k: tensors[f"{k}.{name}"].to(self.device) for k in keys}
@@ -150,15 +168,18 @@ class Trainer:
         rate = learning_rate(self.step, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        x, y = self._images(self.data.train_x, self.data.train_y, self.order.indices(self.step))
+        rows = self.order.indices(self.step)
+        x, y = self._images(self.data.train_x, self.data.train_y, rows)
         if self.config.data.flip:
             turned = torch.rand(len(x), generator=self.generator, device=self.device) < 0.5
             x = torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x)
+            rows = rows.to(self.device) + len(self.data.train_x) * turned
         with self._autocast():
-            loss, terms = self.objective.loss(self.model, x, y, self.generator, training=True)
+            loss, terms = self.objective.loss(self.model, x, y, self.generator, training=True, rows=rows)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
+        parameters = [parameter for _, parameter in self._parameters()]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
         values = {"loss": float(loss.detach()), **{k: float(v) for k, v in terms.items()}, "grad_norm": float(norm)}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
@@ -183,6 +204,11 @@ class Trainer:
         if self._due(self.config.run.validate_every) and len(self.data.val_x):
             values = {k: v if math.isfinite(v) else None for k, v in self.validate().items()}
             yield {"step": self.step, "split": "val", **values, "seconds": round(self.seconds, 3)}
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All that is trained, by its name in a state."""
+        yield from self.model.named_parameters()
+        yield from self.own.named_parameters(OWN[:-1])
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.optim.steps
