@@ -86,7 +86,7 @@ def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConf
 
     Of a source that the run was trained on, the run's own split, so that nothing it has seen counts as held out.
     """
-    from biflow.data import DataConfig
+    from biflow.data import DataConfig, is_encoded
 
     own = _run_data(checkpoint)
     if source is None:
@@ -102,7 +102,7 @@ def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConf
         "split, and may include some that it was trained on",
         err=True,
     )
-    return DataConfig(source=source, img_size=img_size if Path(source).expanduser().is_dir() else None)
+    return DataConfig(source=source, img_size=img_size if is_encoded(source) else None)
 
 
 def own_data(checkpoint: str, source: str | None) -> bool:

@@ -22,6 +22,7 @@ from biflow.config import completed
 from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
 FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep")}
+FREE_FIELDS |= {"data.workers", "data.index"}  # they do not change which images are seen, nor how
 
 
 def prepare(out: Path, config: dict, resume: bool) -> None:
