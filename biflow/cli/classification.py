@@ -20,7 +20,8 @@ RULES = ("gradient", "bayes", "both")
 def classify(
     checkpoint: Checkpoint,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="SOURCE", help="digits, a .npz or a folder.  [default: the run's]")
+        str | None,
+        typer.Option("--data", metavar="SOURCE", help="digits, a .npz, a folder, shards.  [default: the run's]"),
     ] = None,
     rule: Annotated[
         str,

@@ -38,7 +38,7 @@ Source = Annotated[
     typer.Option(
         "--images",
         metavar="SOURCE",
-        help="digits, a .npz or a folder.  [default: what the flow's run held out]",
+        help="digits, a .npz, a folder, shards.  [default: what the flow's run held out]",
     ),
 ]
 Out = Annotated[str, typer.Option("--out", help="A .png (before and after) or .npz (edited images).")]

@@ -169,7 +169,8 @@ def evaluate(
     checkpoint: Checkpoint,
     flow: Annotated[str | None, typer.Option("--flow", help="The flow that a learned inverse inverts.")] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="SOURCE", help="digits, a .npz or a folder.  [default: the run's]")
+        str | None,
+        typer.Option("--data", metavar="SOURCE", help="digits, a .npz, a folder, shards.  [default: the run's]"),
     ] = None,
     out: Annotated[str | None, typer.Option("--out", help="Write the JSON here.  [default: print it]")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples per guidance.")] = 500,

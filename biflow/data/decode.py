@@ -52,9 +52,9 @@ def header_mode(data: bytes) -> str | None:
         return None
 
 
-def crop_numbers(seed: int, position: int) -> tuple[float, float, float]:
-    """Three numbers in [0, 1), a function of the run's seed and of how many images it drew before this one."""
-    draw = random.Random((seed << 64) | position).random  # the sequence is the same in every version of Python
+def crop_numbers(seed: int, step: int, position: int) -> tuple[float, float, float]:
+    """Three numbers in [0, 1) for the image `position` in a step of a run, whichever process decodes it."""
+    draw = random.Random((seed << 128) | (step << 64) | position).random  # the same sequence in every version of Python
     return draw(), draw(), draw()
 
 

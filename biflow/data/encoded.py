@@ -67,7 +67,7 @@ class Decoder:
     checked: bool
 
     def decode(
-        self, positions: Sequence[int], seed: int = 0, first: int | None = None
+        self, positions: Sequence[int], seed: int = 0, step: int | None = None
     ) -> tuple[Tensor, list[tuple[int, str]]]:
         """Pixels (n,C,S,S) uint8 of the images at `positions`, and (position, reason) of corrupt ones that were met.
 
@@ -75,7 +75,7 @@ class Decoder:
         and from the last to the first; without labels, the next one.
 
         Args:
-            first: None: the centre of each image. Otherwise crops by `crop_numbers(seed, first + i)` of the i-th.
+            step: None: the centre of each image. Otherwise crops by `crop_numbers(seed, step, position)`.
 
         Raises:
             ValueError: none of the class can be decoded; a colour image in a set that was found gray.
@@ -84,7 +84,7 @@ class Decoder:
         pixels = np.empty((len(positions), self.channels, self.img_size, self.img_size), dtype=np.uint8)
         corrupt: dict[int, str] = {}
         for i, (position, data) in enumerate(zip(positions, self.records.read(self.rows[positions]), strict=True)):
-            crop = None if first is None else crop_numbers(seed, first + i)
+            crop = None if step is None else crop_numbers(seed, step, position)
             try:
                 pixels[i] = self._pixels(position, data, crop)
             except CorruptImage as error:

@@ -13,6 +13,7 @@ from biflow.data.encoded import Decoder, EncodedImages
 from biflow.data.images import Images
 
 AHEAD = 2  # batches that a worker may be ahead
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Batch(NamedTuple):
@@ -32,14 +33,13 @@ class Stream:
         indices: Callable[[int], Tensor],
         steps: int,
         *,
-        batch_size: int,
         seed: int | None = None,
     ):
-        """indices: step -> (batch_size,) int64, for 0 ... steps - 1.
+        """indices: step -> (n,) int64, for 0 ... steps - 1.
 
         seed: of random crops, where `images` has them; None: the centres of the images.
         """
-        self.images, self.indices, self.steps, self.batch_size = images, indices, steps, batch_size
+        self.images, self.indices, self.steps = images, indices, steps
         encoded = isinstance(images, EncodedImages)
         self.seed = seed if encoded and images.random_crop else None
         self.workers = images.workers if encoded else 0
@@ -72,7 +72,7 @@ class Stream:
         self._ready = None
 
     def _task(self, step: int, missing: Tensor) -> tuple[list[int], int, int | None]:
-        return missing.tolist(), self.seed or 0, None if self.seed is None else step * self.batch_size
+        return missing.tolist(), self.seed or 0, None if self.seed is None else step
 
     def _plan(self, start: int) -> Iterator[tuple[list[int], int, int | None]]:
         for step in range(start, self.steps):
@@ -84,18 +84,21 @@ class Stream:
     def _start(self, step: int) -> None:
         self._ready = None
         self._planned: collections.deque[tuple[Tensor, Tensor]] = collections.deque()
-        self._ready = iter(
-            DataLoader(
-                _Tasks(self.images.decoder),
-                batch_size=None,
-                sampler=_Sampler(self._plan(step)),
-                num_workers=self.workers,
-                prefetch_factor=AHEAD,
-                collate_fn=_same,
-                worker_init_fn=_ignore_signals,
-                generator=torch.Generator(),  # or else it draws from torch's global one
-            )
+        loader = DataLoader(
+            _Tasks(self.images.decoder),
+            batch_size=None,
+            sampler=_Sampler(self._plan(step)),
+            num_workers=self.workers,
+            prefetch_factor=AHEAD,
+            collate_fn=_same,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # or else it draws from torch's global one
         )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the workers ignore them
+        try:
+            self._ready = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Tasks(Dataset):
@@ -125,5 +128,5 @@ def _same(item: object) -> object:
 
 def _ignore_signals(worker: int) -> None:
     """What stops a run is sent to all its processes; the step in progress still needs its images."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

@@ -53,9 +53,8 @@ class Trainer:
         self.model = model.to(self.device).train()
         self.average = Average(self.model, config.optim.ema)
         self.optimizer = make_optimizer(self.model, config.optim)
-        size, seed = config.optim.batch_size, config.run.seed
-        self.order = DataOrder(len(data.train_x), size, seed)
-        self.stream = Stream(data.train_x, self.order.indices, config.optim.steps, batch_size=size, seed=seed)
+        self.order = DataOrder(len(data.train_x), config.optim.batch_size, config.run.seed)
+        self.stream = Stream(data.train_x, self.order.indices, config.optim.steps, seed=config.run.seed)
         self.generator = torch.Generator(self.device).manual_seed(config.run.seed)
         self.step = 0
         self.seconds = 0.0
@@ -153,15 +152,14 @@ class Trainer:
         chosen = torch.linspace(0, count - 1, min(count, limit), dtype=torch.float64).round().long()
         generator = torch.Generator(self.device).manual_seed(VALIDATION_SEED)
         sums: dict[str, float] = {}
-        size = self.config.optim.batch_size
-        parts = chosen.split(size)
-        stream = Stream(self.data.val_x, parts.__getitem__, len(parts), batch_size=size)
-        for part, indices in enumerate(parts):
-            x, y = self._images(stream.read(part), self.data.val_y)
-            with self._autocast():
-                loss, terms = self.objective.loss(self.average.model, x, y, generator, training=False)
-            for name, value in {"loss": loss, **terms}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(indices) / len(chosen)
+        parts = chosen.split(self.config.optim.batch_size)
+        with contextlib.closing(Stream(self.data.val_x, parts.__getitem__, len(parts))) as stream:
+            for part, indices in enumerate(parts):
+                x, y = self._images(stream.read(part), self.data.val_y)
+                with self._autocast():
+                    loss, terms = self.objective.loss(self.average.model, x, y, generator, training=False)
+                for name, value in {"loss": loss, **terms}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) * len(indices) / len(chosen)
         return sums
 
     def _train_step(self) -> None:
