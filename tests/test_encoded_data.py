@@ -155,6 +155,9 @@ def test_the_next_image_of_the_class_stands_in_and_is_counted(source, capsys):
     assert all(f"{name[i]}: " in err for i in CORRUPT)
     data.train_x.batch()
     assert capsys.readouterr().err == ""  # told of once
+    alone = datasets.load(config(path))
+    alone.train_x.batch(torch.tensor([positions[name[20]]]))
+    assert alone.corrupt.reasons.keys() == {name[20], name[23]}  # also what could not stand in
     first, second = read(data, 60 * 2 // 16)[:4], read(datasets.load(config(path)), 4)
     assert same(first, second)  # whether held in memory or not
     assert sum(batch.replaced for batch in first) in (3, 4)  # the last batch runs into the next epoch
@@ -199,10 +202,8 @@ def test_workers_ignore_what_stops_a_run(tmp_path):
     stream = Stream(data.train_x, DataOrder(60, 16, seed=0).indices, 30)
     stream.read(0)
     worker = stream._ready._workers[0]
-    status = Path(f"/proc/{worker.pid}/status").read_text()
-    assert (
-        int(status.split("SigBlk:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1
-    )  # from its first moment, before it can ignore anything
+    blocked = Path(f"/proc/{worker.pid}/status").read_text().split("SigBlk:")[1].split()[0]
+    assert int(blocked, 16) & 1 << signal.SIGTERM - 1  # from its first moment, before it can ignore anything
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(worker.pid, number)
     for step in range(1, 30):
