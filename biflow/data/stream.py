@@ -1,7 +1,9 @@
 """Batches in the order of the steps, decoded ahead of time by worker processes."""
 
 import collections
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -91,10 +93,10 @@ class Stream:
             num_workers=self.workers,
             prefetch_factor=AHEAD,
             collate_fn=_same,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_obey_the_parent,
             generator=torch.Generator(),  # or else it draws from torch's global one
         )
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the workers ignore them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # the workers inherit it
         try:
             self._ready = iter(loader)
         finally:
@@ -126,7 +128,17 @@ def _same(item: object) -> object:
     return item
 
 
-def _ignore_signals(worker: int) -> None:
-    """What stops a run is sent to all its processes; the step in progress still needs its images."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+def _obey_the_parent(worker: int) -> None:
+    """What stops a run is sent to all its processes; the step in progress still needs its images.
+
+    SIGINT is ignored. SIGTERM, which the parent ends a worker with that it does not need any more, counts from it only.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    threading.Thread(target=_await_the_parent, daemon=True).start()
+
+
+def _await_the_parent() -> None:
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != os.getppid():
+        pass
+    os._exit(0)
