@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from biflow.cli.common import Checkpoint, Device, Seed, data_config, examples, load_model, pick_images
+from biflow.cli.common import Checkpoint, DataSource, Device, Seed, data_config, examples, load_model, pick_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,9 +19,7 @@ RULES = ("gradient", "bayes", "both")
 
 def classify(
     checkpoint: Checkpoint,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="SOURCE", help="digits, a .npz or a folder.  [default: the run's]")
-    ] = None,
+    data: DataSource = None,
     rule: Annotated[
         str,
         typer.Option("--rule", metavar="|".join(RULES), help="One backward pass, an encode a class, or compare them."),
@@ -76,9 +74,7 @@ def classify(
 
 def probe(
     checkpoint: Checkpoint,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="SOURCE", help="digits, a .npz or a folder.  [default: the run's]")
-    ] = None,
+    data: DataSource = None,
     features: Annotated[
         list[str] | None,
         typer.Option("--features", metavar="BLOCK:LAYER|all", help="From 0, blocks in encode order; may be repeated."),

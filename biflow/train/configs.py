@@ -62,7 +62,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a run is carried out. A resumed run may change the `*_every` fields and `keep`, nothing else.
+    """How a run is carried out. A resumed run may change the `*_every` fields and `keep`, nothing else here.
 
     seed: of the initial weights, the order of the data and all noise.
     log_every, validate_every, checkpoint_every: in steps; the last step does all three.

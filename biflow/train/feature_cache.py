@@ -1,5 +1,6 @@
 """An encoder's features of all training images on disk, so that no step has to compute them."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from biflow.checkpoint import replacing
-from biflow.data import ImageFiles, Images
+from biflow.data import EncodedImages, Images, Stream
 
 
 class FeatureCache:
@@ -32,7 +33,7 @@ class FeatureCache:
     def __init__(
         self,
         folder: Path,
-        images: Images | ImageFiles,
+        images: Images | EncodedImages,
         made_from: dict,
         *,
         flip: bool,
@@ -43,7 +44,7 @@ class FeatureCache:
         with torch.no_grad():
             shape = tuple(encode(images.batch(torch.zeros(batch, dtype=torch.int64))).shape[1:])
         shape = (2 if flip else 1, len(images), *shape)
-        made_from = {**made_from, "images": _fingerprint(images), "shape": shape}
+        made_from = {**made_from, "images": images.digest(), "shape": shape}
         key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"features-{key}.npy"
@@ -59,13 +60,23 @@ class FeatureCache:
         """Rows (n,) int64, i of image i and N + i of it mirrored -> (n,T,F) fp16 on the CPU."""
         return torch.from_numpy(self.rows[rows.cpu().numpy()])
 
-    def _write(self, images: Images | ImageFiles, shape: tuple, encode: Callable, batch: int, progress: bool) -> None:
-        with replacing(self.path) as temporary, temporary.open("wb") as file:
+    def _write(
+        self, images: Images | EncodedImages, shape: tuple, encode: Callable, batch: int, progress: bool
+    ) -> None:
+        parts = [(turned, part) for turned in range(shape[0]) for part in torch.arange(shape[1]).split(batch)]
+
+        def full(step: int) -> Tensor:  # the last one too: its size may change the last bits
+            part = parts[step][1]
+            return part[torch.arange(batch) % len(part)]
+
+        with (
+            replacing(self.path) as temporary,
+            temporary.open("wb") as file,
+            contextlib.closing(Stream(images, full, len(parts))) as stream,
+        ):
             np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
-            parts = [(turned, part) for turned in range(shape[0]) for part in torch.arange(shape[1]).split(batch)]
-            for turned, part in tqdm(parts, desc="features", unit="batch", disable=not progress):
-                full = part[torch.arange(batch) % len(part)]  # the last one too: its size may change the last bits
-                x = images.batch(full)
+            for step, (turned, part) in enumerate(tqdm(parts, desc="features", unit="batch", disable=not progress)):
+                x = images.quantisation.values(stream.read(step).pixels)
                 file.write(encode(x.flip(-1) if turned else x)[: len(part)].cpu().numpy().tobytes())
 
 
@@ -81,17 +92,3 @@ def _open(path: Path, shape: tuple) -> np.ndarray | None:
         tqdm.write(f"biflow: {path}: damaged ({error})")
         return None
     return found
-
-
-def _fingerprint(images: Images | ImageFiles) -> str:
-    """SHA-256 of the pixels; of image files their paths, sizes and times of change."""
-    total = hashlib.sha256()
-    if isinstance(images, Images):
-        total.update(json.dumps([str(images.pixels.dtype), *images.pixels.shape, repr(images.quantisation)]).encode())
-        total.update(images.pixels.contiguous().numpy())
-    else:
-        total.update(json.dumps([images.channels, images.img_size]).encode())
-        for path in images.paths:
-            stat = path.stat()
-            total.update(json.dumps([str(path), stat.st_size, stat.st_mtime_ns]).encode())
-    return total.hexdigest()

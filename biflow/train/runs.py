@@ -22,7 +22,8 @@ from biflow.config import completed
 from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
 FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep")}
-FREE_FIELDS.add("representation.cache_features")
+# these do not change what a step sees
+FREE_FIELDS |= {"data.workers", "data.index", "representation.cache_features"}
 
 
 def prepare(out: Path, config: dict, resume: bool) -> None:
