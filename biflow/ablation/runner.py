@@ -23,6 +23,11 @@ from biflow.report import environment
 from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse
 from biflow.train.runs import check_same, train_seconds
 
+PLACE = ("source", "index", "workers")  # fields of the data that may differ from one machine to the next
+# fields of the data that are newer than folders that runs are in, whose names do not change while these are at their
+# defaults; as with `representation` of a flow
+NEWER = ("crop", "channels", "classes", "exclude", "split", "image_key", "label_key")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AblationRow:
@@ -200,10 +205,10 @@ def _configuration(
 
 
 def _without_place(configuration: dict) -> dict:
-    """The configuration without what differs from one machine to the next: where the data lies."""
+    """The configuration without what differs from one machine to the next: where the data lies, who decodes it."""
     stages = {k: v for k, v in configuration.items() if k in ("flow", "inverse") and v is not None}
     return configuration | {
-        k: v | {"data": {name: value for name, value in v["data"].items() if name != "source"}}
+        k: v | {"data": {name: value for name, value in v["data"].items() if name not in PLACE}}
         for k, v in stages.items()
     }
 
@@ -222,5 +227,8 @@ def _with_defaults(configuration: dict) -> dict:
 def _digest(flow: FlowTraining, inverse: InverseTraining | None = None) -> str:
     named = _without_place({k: to_mapping(c) for k, c in (("flow", flow), ("inverse", inverse)) if c is not None})
     if flow.representation is None:
-        del named["flow"]["representation"]  # the field is newer than folders that runs are in
+        del named["flow"]["representation"]
+    plain = to_mapping(DataConfig())
+    for stage in named.values():
+        stage["data"] = {k: v for k, v in stage["data"].items() if k not in NEWER or v != plain[k]}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]
