@@ -8,7 +8,8 @@ import data_sets
 import numpy as np
 import pytest
 import torch
-from tiny_training import flow_config, same_weights
+from tiny_representation import aligned
+from tiny_training import changed, flow_config, same_weights
 
 from biflow import cli, train
 from biflow import data as datasets
@@ -113,6 +114,41 @@ def test_a_run_does_not_go_on_with_other_images(finished, tmp_path):
     (path / "class0" / "000000.png").rename(path / "class0" / "999999.png")
     with pytest.raises(ValueError, match=r"expected the images of .* that the run began with, got others"):
         train.train_flow(config, tmp_path / "run", resume=True, progress=False)
+
+
+def test_cached_features_of_encoded_images_change_no_bit(finished, tmp_path):
+    """With flips, corrupt images and workers; another folder, or a file that has changed, has another cache."""
+    path, folder = tmp_path / "set", tmp_path / "features"
+    shutil.copytree(finished[0].data.source, path)
+    plain = aligned(configured(path, steps=8))
+    want = train.train_flow(plain, tmp_path / "plain", progress=False)
+    for workers in (0, 1):
+        config = with_workers(changed(plain, "representation", cache_features=str(folder)), workers)
+        found = train.train_flow(config, tmp_path / f"cached{workers}", progress=False)
+        assert same_weights(found, want)
+        assert lines(tmp_path / f"cached{workers}")[-1] == lines(tmp_path / "plain")[-1]
+    assert len(list(folder.iterdir())) == 1
+    (path / "class0" / "000000.png").write_bytes((path / "class0" / "000002.png").read_bytes())
+    train.train_flow(config, tmp_path / "changed", progress=False)
+    assert len(list(folder.iterdir())) == 2
+    with pytest.raises(ValueError, match=r"cache_features: expected false with data\.crop 'random', since every step"):
+        changed(config, "data", crop="random")
+
+
+@pytest.mark.parametrize("kind", data_sets.KINDS)
+def test_the_digest_is_of_what_is_read(kind, tmp_path):
+    if kind == "table":
+        pytest.importorskip("datasets")
+    images = [(i % 2, data_sets.numbered_png(i)) for i in range(20)]
+    load = lambda path, **fields: datasets.load(datasets.DataConfig(source=str(path), img_size=8, **fields)).train_x  # noqa: E731
+    path = data_sets.WRITERS[kind](tmp_path / "a", images)
+    want = load(path).digest()
+    assert load(path, workers=2).digest() == want
+    assert want not in (load(path, seed=1).digest(), load(path, channels=1).digest())
+    others = data_sets.WRITERS[kind](tmp_path / "b", [(k, data_sets.numbered_png(99)) for k, _ in images])
+    shutil.rmtree(path)
+    others.rename(path)
+    assert load(path).digest() != want
 
 
 def test_workers_end_with_the_run(finished, tmp_path, monkeypatch):

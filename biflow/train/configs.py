@@ -291,7 +291,8 @@ class RepresentationConfig:
     shared_projector: one projector for all features; False: one each.
     encoder: what the features are aligned with.
     cache_features: keep the encoder's features of all training images on disk: True: in the run's folder; a folder, for
-        several runs; False: compute them in every step. The same bits. A resumed run may change it.
+        several runs; False: compute them in every step. The same bits. A resumed run may change it. Not with random
+        crops.
     """
 
     features: tuple[tuple[int, int], ...]
@@ -358,6 +359,11 @@ class FlowTraining:
                 self.representation.pairs(self.model)
             except ValueError as error:
                 raise ValueError(f"representation.{error}") from None
+            if self.representation.cache_features and self.data.crop == "random":
+                raise ValueError(
+                    "representation.cache_features: expected false with data.crop 'random', since every step sees "
+                    f"another crop, got {self.representation.cache_features!r}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
