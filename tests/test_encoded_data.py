@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -196,7 +197,16 @@ def test_loading_decodes_nothing(tmp_path, monkeypatch):
     assert len(datasets.load(config(path)).train_x) == 60
 
 
-def test_workers_ignore_what_stops_a_run(tmp_path, monkeypatch):
+@pytest.fixture(params=["fork", "forkserver"])
+def start_method(request):
+    """How Python starts processes: "fork" before 3.14, "forkserver" from there on."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_ignore_what_stops_a_run(start_method, tmp_path, monkeypatch):
     masks, tasks = [], datasets.stream._Sampler.__iter__
 
     def before_the_fork(sampler):

@@ -1,6 +1,7 @@
 """Batches in the order of the steps, decoded ahead of time by worker processes."""
 
 import collections
+import multiprocessing
 import os
 import signal
 import threading
@@ -139,6 +140,7 @@ def _obey_the_parent(worker: int) -> None:
 
 
 def _await_the_parent() -> None:
-    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != os.getppid():
+    parent = multiprocessing.parent_process().pid  # os.getppid() is another where a server forks the workers
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
         pass
     os._exit(0)
