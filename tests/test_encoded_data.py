@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from biflow import data as datasets
+from biflow import files
 from biflow.data import DataConfig, Stream, encoded
 from biflow.data.decode import crop_numbers, decode
 from biflow.train.optim import DataOrder
@@ -259,7 +260,7 @@ def test_a_class_without_an_image_that_can_be_decoded_is_an_error(workers, tmp_p
         datasets.load(config(data_sets.write_folder(tmp_path / "all", [(0, b"no image")] * 60)))
 
 
-def test_many_corrupt_images_are_told_of_in_few_lines(tmp_path, capsys):
+def test_many_corrupt_images_are_told_of_in_few_lines(tmp_path, capsys, monkeypatch):
     data = datasets.load(config(folder(tmp_path, corrupt=range(0, 60, 2))))
     data.train_x.batch()
     assert len(data.corrupt) == 30
@@ -269,6 +270,16 @@ def test_many_corrupt_images_are_told_of_in_few_lines(tmp_path, capsys):
     data.corrupt.write(tmp_path / "corrupt.txt")
     data.corrupt.write(tmp_path / "corrupt.txt")  # nothing twice
     assert sorted(encoded.listed(tmp_path / "corrupt.txt")) == sorted(data.corrupt.reasons)
+    kept = (tmp_path / "corrupt.txt").read_bytes()
+    data.corrupt.add("class0/new.png", "empty")
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.corrupt.write(tmp_path / "corrupt.txt")
+    assert (tmp_path / "corrupt.txt").read_bytes() == kept
 
 
 @pytest.mark.parametrize("kind", data_sets.KINDS)

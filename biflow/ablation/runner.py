@@ -14,10 +14,10 @@ from biflow import evaluate, presets
 from biflow.ablation.orderings import Ordering
 from biflow.ablation.semantics import SemanticsConfig, measure
 from biflow.ablation.table import write_tables
-from biflow.checkpoint import replacing
 from biflow.config import check_fields, completed, from_mapping, to_mapping
 from biflow.data import DataConfig
 from biflow.evaluate import EvaluationConfig, RealData
+from biflow.files import replacing
 from biflow.models import BiFlow, TarFlow
 from biflow.report import environment
 from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse

@@ -7,7 +7,7 @@ from pathlib import Path
 from biflow.ablation.orderings import Ordering, compare
 from biflow.ablation.results import at_guidance, best_guidance, by_guidance, cell
 from biflow.ablation.semantics import semantics_table
-from biflow.checkpoint import replacing
+from biflow.files import replacing
 
 
 def write_tables(results: dict[str, list[dict]], orderings: Sequence[Ordering], out: Path) -> None:

@@ -96,7 +96,7 @@ def probe(
 
     from biflow import data as datasets
     from biflow import evaluate
-    from biflow.checkpoint import replacing
+    from biflow.files import replacing
 
     path = None if out is None else Path(out).expanduser()
     if path is not None and not path.parent.is_dir():
@@ -149,7 +149,7 @@ def _scores(flow: "TarFlow", x: "Tensor", rule: str, noise_draws: int, batch_siz
 def _write(scores: "Tensor", top_k: int, path: Path) -> None:
     import numpy as np
 
-    from biflow.checkpoint import replacing
+    from biflow.files import replacing
 
     labels = scores.topk(min(top_k, scores.shape[1])).indices
     with replacing(path) as temporary, temporary.open("wb") as file:

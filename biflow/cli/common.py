@@ -129,8 +129,8 @@ def write_npz(images: "Tensor", y: "Tensor | None", path: Path) -> None:
     """Images (N,C,H,W), pixels clamped to [-1, 1], and labels (N,) as a file that --data and data.source read."""
     import numpy as np
 
-    from biflow.checkpoint import replacing
     from biflow.data import in_range
+    from biflow.files import replacing
 
     arrays = {"images": in_range(images).permute(0, 2, 3, 1).numpy()}
     if y is not None:

@@ -36,6 +36,7 @@ def check(
     from biflow.config import apply_overrides, from_mapping
     from biflow.data import DataConfig
     from biflow.data.check import check as check_data
+    from biflow.files import replacing
 
     path = None if out is None else Path(out).expanduser()
     if path is not None and not path.parent.is_dir():
@@ -43,7 +44,8 @@ def check(
     values = apply_overrides({"source": source, "workers": workers}, settings or [])
     report, lines = check_data(from_mapping(DataConfig, values, "data"), duplicates=duplicates, progress=not quiet)
     if path is not None:
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
+        with replacing(path) as temporary:
+            temporary.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
     typer.echo(json.dumps(report, indent=2, allow_nan=False))
 
 

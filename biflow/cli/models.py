@@ -189,7 +189,7 @@ def evaluate(
     """
     from biflow import data as datasets
     from biflow import evaluate as metrics
-    from biflow.checkpoint import replacing
+    from biflow.files import replacing
     from biflow.models import BiFlow
 
     path = None if out is None else Path(out).expanduser()

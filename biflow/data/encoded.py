@@ -15,6 +15,7 @@ from tqdm import tqdm
 from biflow.data.decode import GRAY_MODES, CorruptImage, crop_numbers, decode, header_mode
 from biflow.data.images import BYTES, DataConfig
 from biflow.data.records import Records
+from biflow.files import replacing
 
 CACHE_BYTES = 1 << 30  # sets whose decoded uint8 images are not larger keep those that they have decoded
 LOOKED_AT = 1000  # images by whose headers it is decided whether a set is gray
@@ -40,11 +41,13 @@ class Corrupt:
 
     def write(self, path: Path) -> None:
         """Add those that are not in the file yet, as lines NAME<TAB>REASON, which `data.exclude` reads."""
-        if not self.reasons:
-            return
         have = set(listed(path)) if path.exists() else set()
-        with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(f"{name}\t{reason}\n" for name, reason in self.reasons.items() if name not in have)
+        new = [f"{name}\t{reason}\n" for name, reason in self.reasons.items() if name not in have]
+        if not new:
+            return
+        old = path.read_bytes() if path.exists() else b""
+        with replacing(path) as temporary:
+            temporary.write_bytes(old + "".join(new).encode("utf-8", "surrogateescape"))
 
 
 def listed(path: Path) -> list[str]:

@@ -5,9 +5,10 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import sys
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from biflow.data.records import Names, digest_of
+from biflow.files import replacing
 
 OPEN_FILES = 64
 INDEX_VERSION = 1
@@ -259,12 +261,8 @@ def _read(path: Path, wanted: str) -> Index | None:
         return Index(
             arrays["shard"], arrays["offset"], arrays["size"], names, labels, about["broken"], tuple(about["notes"])
         )
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
         return None
-    except Exception as error:  # a damaged archive: zipfile and zlib have errors of their own
-        if type(error).__module__ in ("zipfile", "zlib"):
-            return None
-        raise
 
 
 def _write(path: Path, index: Index, wanted: str) -> None:
@@ -279,13 +277,8 @@ def _write(path: Path, index: Index, wanted: str) -> None:
     }
     if index.labels is not None:
         arrays |= {"label_data": index.labels.data, "label_ends": index.labels.ends}
-    temporary = path.with_name(f".tmp-{path.name.lstrip('.')}-{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def _say(text: str) -> None:

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from biflow.checkpoint import replacing
 from biflow.data import EncodedImages, Images, Stream
+from biflow.files import replacing
 
 
 class FeatureCache:
     """Targets of training images as `encode` gives them, read from a memory-mapped .npy file that is written once.
 
     The file's name has a hash of `made_from` and of the images' digest, so that another encoder or other images have
-    another file; a folder can be shared by runs. A file of the wrong size is written anew. It appears when it is complete.
+    another file; a folder can be shared by runs. A file of the wrong size is written anew. It appears when it is
+    complete.
 
     Args:
         folder: made if it is not there.

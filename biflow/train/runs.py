@@ -17,8 +17,8 @@ import yaml
 from tqdm import tqdm
 
 from biflow import presets
-from biflow.checkpoint import TEMPORARY, replacing, sync
 from biflow.config import completed
+from biflow.files import TEMPORARY, replacing, sync
 from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
 FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep")}
