@@ -274,6 +274,22 @@ def test_steps_to_reach():
     assert ablation.semantics_table({"a": [{"semantics_of": "none"}]}) == ""
 
 
+def test_a_row_without_a_curve_has_not_missed_the_baseline():
+    def row(curve, representation=None):
+        own = {"classification": {"accuracy": 0.5, "nll": 1.0}, "probe": [], "curve": curve}
+        flow = {"representation": representation}
+        return [{"title": "r", "seed": 0, "configuration": {"flow": flow}, "semantics": own}]
+
+    point = {"step": 2, "frechet": 3.0, "accuracy": 0.5}
+    late = row([{**point, "frechet": 4.0}], {"strategy": "detach"})
+    table = ablation.semantics_table({"a": row([point]), "b": row([], {"strategy": "detach"}), "c": late})
+    assert [line.split("|")[5:7] for line in table.splitlines()[2:5]] == [
+        [" 2 ", " 2 "],
+        ["  ", "  "],
+        ["  (1 of 1 never) ", " 2 "],
+    ]
+
+
 def test_rows_of_flowback_differ_in_the_alignment_alone():
     folder = Path(__file__).parents[1] / "configs" / "flowback"
     trained = {path.stem: ablation.read_row(path).training(0, [])[0] for path in folder.glob("*.yaml")}

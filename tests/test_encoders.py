@@ -226,6 +226,9 @@ def test_training_learns_features_that_are_standardised(images):
     assert found["pooled"] >= 0.9
     assert found["token"] >= 0.6
     assert encoders.probed(encoder, dataclasses.replace(data, val_y=None)) == {}
+    few = data.train_x.take(torch.arange(4001) % 5)
+    rare = dataclasses.replace(data, train_x=few, train_y=(torch.arange(4001) == 4000).long())
+    assert encoders.probed(encoder, rare) == {}, "a class that none of the images looked at has"
 
 
 def test_the_encoder_is_kept_and_trained_again_only_if_damaged(images, tmp_path, monkeypatch, capsys):

@@ -111,6 +111,9 @@ def test_labels(tmp_path):
     assert (data.class_names, data.train_y.tolist()) == (("k0", "k1"), [0, 0, 1, 1])
     with pytest.raises(ValueError, match=r"0\.tar/0\.png: expected a label as the others have, got none"):
         load(both, label_key="cls")
+    ids = [(f"{i}.cls", b"%d" % (i and 999_999_999)) for i in range(4)]  # no table of so many classes is made
+    with pytest.raises(ValueError, match="got none of class 1 below 999999999"):
+        load(write(tmp_path / "d" / "0.tar", *members, *ids))
     missing = write(tmp_path / "c" / "0.tar", *members, *json[:2], ("2.json", b'{"label": null}'), ("3.json", b"{"))
     with pytest.raises(ValueError, match=r"0\.tar/2\.png: expected a label"):
         load(missing)

@@ -104,7 +104,9 @@ def semantics_table(results: dict[str, list[dict]]) -> str:
         cells += [cell([s["classification"][key] for s in own]) for key in ("accuracy", "nll")]
         for name in TARGETS:
             steps = [
-                steps_to_reach(r["semantics"]["curve"], ends[r["seed"]][name], name) for r in found if r["seed"] in ends
+                steps_to_reach(r["semantics"]["curve"], ends[r["seed"]][name], name)
+                for r in found
+                if r["seed"] in ends and r["semantics"]["curve"]
             ]
             missed = f" ({steps.count(None)} of {len(steps)} never)" if None in steps else ""
             cells.append(cell(steps) + missed)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from biflow.data.images import BYTES, FLOATS, PIXEL_CHANNELS, DataConfig, ImageData, Images, split_indices
+from biflow.data.labels import unused_class
 
 if TYPE_CHECKING:
     from biflow.data.encoded import EncodedImages
@@ -97,14 +98,13 @@ def _array_labels(path: Path, name: str, array: np.ndarray, count: int) -> Tenso
 
 
 def _check_classes(path: Path, train: Tensor, test: Tensor | None) -> None:
-    classes = train.unique()
-    if len(classes) != int(classes[-1]) + 1:
-        gap = next(k for k, found in enumerate(classes.tolist()) if k != found)
+    gap, largest = unused_class(train), int(train.max())
+    if gap is not None:
         raise ValueError(
-            f"{path}: expected labels 0..K-1 without gaps, got no training image of class {gap} below {classes[-1]}"
+            f"{path}: expected labels 0..K-1 without gaps, got no training image of class {gap} below {largest}"
         )
-    if test is not None and int(test.max()) >= len(classes):
-        raise ValueError(f"{path}: y_test: expected labels in [0, {len(classes)}) as in y_train, got {int(test.max())}")
+    if test is not None and int(test.max()) > largest:
+        raise ValueError(f"{path}: y_test: expected labels in [0, {largest + 1}) as in y_train, got {int(test.max())}")
 
 
 def assemble(

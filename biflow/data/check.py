@@ -41,7 +41,7 @@ def check(config: DataConfig, *, duplicates: bool = False, progress: bool = True
         duplicates: look for files of equal bytes. Of encoded images only.
 
     Raises:
-        As `load`; but a corrupt image or shard is not an error, nor is a class without images.
+        As `load`; but a corrupt image or shard is not an error, nor is a class all of whose images are corrupt.
     """
     kind = check_kind(config)
     if kind in ("digits", "npz"):

@@ -59,10 +59,10 @@ def numbered(
         order = {text: k for k, text in enumerate(known)}
     elif all(text.isdecimal() and len(text) < 10 for text in texts):
         labels = torch.tensor([int(text) for text in texts])
-        unused, largest = torch.bincount(labels).eq(0).nonzero(), int(labels.max())
-        if len(unused):
+        unused, largest = unused_class(labels), int(labels.max())
+        if unused is not None:
             raise ValueError(
-                f"{source}: expected images of every class, got none of class {int(unused[0])} below {largest} "
+                f"{source}: expected images of every class, got none of class {unused} below {largest} "
                 "(data.classes=FILE names the classes)"
             )
         return labels, tuple(str(k) for k in range(largest + 1))
@@ -73,6 +73,11 @@ def numbered(
             where = f"one of the {len(order)} classes of {classes or source}"
             raise ValueError(f"{source}: {name(i)}: expected {where}, got {text!r}")
     return torch.tensor([order[text] for text in texts]), tuple(sorted(order, key=order.__getitem__))
+
+
+def unused_class(labels: Tensor) -> int | None:
+    """The smallest class below the largest label (all at least 0) that has none; None: every class is in use."""
+    return next((k for k, found in enumerate(labels.unique().tolist()) if k != found), None)
 
 
 def kept_rows(names: Sequence[str], excluded: set[str]) -> tuple[np.ndarray, set[str]]:

@@ -166,12 +166,13 @@ def prepare(encoder: Encoder, data: ImageData, out: Path | None, *, seed: int, f
 
 @torch.no_grad()
 def probed(encoder: Encoder, data: ImageData) -> dict[str, float]:
-    """What linear probes read off the encoder: a report, on which nothing depends. {} without labels or scikit-learn.
+    """What linear probes read off the encoder: a report, on which nothing depends. {} without labels of two classes or
+    scikit-learn.
 
     pooled: held-out accuracy from the mean over tokens of the targets; token: from that of one token an image, which is
     what a token of the flow is aligned with. At most 4,000 training and 2,000 held-out images.
     """
-    if data.train_y is None or data.val_y is None or not len(data.val_x) or len(data.train_y.unique()) < 2:
+    if data.train_y is None or data.val_y is None or not len(data.val_x):
         return {}
     device, sides = next(encoder.module.parameters()).device, []
     generator = torch.Generator().manual_seed(0)
@@ -181,6 +182,8 @@ def probed(encoder: Encoder, data: ImageData) -> dict[str, float]:
         token = torch.randint(targets.shape[1], (len(rows),), generator=generator)
         sides.append((targets.mean(1), targets[torch.arange(len(rows)), token], labels[rows]))
     (pooled, token, y), (val_pooled, val_token, val_y) = sides
+    if len(y.unique()) < 2:
+        return {}
     try:
         return {
             "pooled": linear_probe(pooled, y, val_pooled, val_y)["accuracy"],
