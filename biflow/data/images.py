@@ -70,7 +70,7 @@ class DataConfig:
     def __post_init__(self):
         check_fields(self)
         if not self.source:
-            raise ValueError("source: expected 'digits', a .npz file or a folder of images, got an empty string")
+            raise ValueError("source: expected 'digits' or where the images are, got an empty string")
         if self.img_size is not None and self.img_size < 1:
             raise ValueError(f"img_size: expected at least 1, got {self.img_size}")
         if not (0 <= self.val_fraction < 1):
