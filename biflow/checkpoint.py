@@ -7,13 +7,10 @@ writes several in random order: equal contents are equal files.
 `metadata["policy"]` is the model's `policy`, if it has one.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 
 import biflow
 from biflow.config import from_mapping, to_mapping
+from biflow.files import replacing
 from biflow.models import BiFlow, BiFlowConfig, TarFlow, TarFlowConfig
 from biflow.solvers import Policy
 
@@ -32,7 +30,6 @@ ENTRY = "biflow"
 FIELDS = ("format", "kind", "version", "config", "metadata", "sha256")
 KINDS = {"TarFlow": (TarFlow, TarFlowConfig), "BiFlow": (BiFlow, BiFlowConfig)}
 POLICY = "policy"  # where a TarFlow's policy is in the metadata
-TEMPORARY = ".tmp-"  # names that start so are leftovers of a killed process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,28 +193,6 @@ def read(path: str | Path) -> Contents:
     if not isinstance(config, dict) or not isinstance(metadata, dict):
         raise ValueError(f"{path}: expected JSON objects as config and metadata, got other values")
     return Contents(str(document["kind"]), str(document["version"]), config, metadata, tensors)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the body has written it, it becomes `path`, durably and atomically."""
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}"
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _text(document: Mapping[str, Any]) -> str:

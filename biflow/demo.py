@@ -12,9 +12,9 @@ import yaml
 import biflow
 from biflow import data as datasets
 from biflow import evaluate, presets
-from biflow.checkpoint import TEMPORARY, replacing
 from biflow.config import completed, to_mapping
 from biflow.evaluate import EvaluationConfig, plots
+from biflow.files import TEMPORARY, replacing
 from biflow.models import BiFlow, TarFlow
 from biflow.report import environment, markdown
 from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse

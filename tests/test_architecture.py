@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "ops": {"ops", "_library"},
     "solvers": {"solvers", "ops", "config"},
     "models": {"models", "ops", "solvers", "config"},
-    "data": {"data", "config"},
+    "data": {"data", "config", "files"},
+    "files": {"files"},
     "calibration": {"models", "solvers", "config"},
     "editing": {"editing", "models", "evaluate", "config"},
 }

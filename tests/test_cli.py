@@ -305,7 +305,7 @@ BAD = {
     "no such option": ("info --fast", "No such option: --fast"),
     "missing option": ("train digits_flow", "Missing option '--out'"),
     "wrong type": ("sample {runs}/flow --n many", "Invalid value for '--n'"),
-    "no such preset": ("train digit_flow --out {new}", "a preset (digits_flow, digits_inverse, fashion_flow"),
+    "no such preset": ("train digit_flow --out {new}", "a preset (digits_aligned_flow, digits_flow, digits_inverse"),
     "no such yaml": ("train none.yaml --out {new}", "none.yaml: no such file"),
     "broken yaml": ("train {tmp}/broken.yaml --out {new}", "broken.yaml: not valid YAML"),
     "deep yaml": ("train {tmp}/deep.yaml --out {new}", "deep.yaml: expected settings of fewer nested levels"),

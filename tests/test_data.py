@@ -171,9 +171,8 @@ def test_folder_with_classes(tmp_path, monkeypatch):
     assert torch.equal(x[0, :, :, :3], torch.full((3, 6, 3), low))
     assert torch.equal(x[0, :, :, 3:], torch.full((3, 6, 3), high))
     assert torch.equal(x[2], x[0].transpose(1, 2))
-    monkeypatch.setattr(datasets.sources, "CACHE_BYTES", 0)
+    monkeypatch.setattr(datasets.encoded, "CACHE_BYTES", 0)
     lazy = datasets.load(config)
-    assert isinstance(lazy.train_x, datasets.ImageFiles)
     assert torch.equal(lazy.train_x.batch(), x)
     assert torch.equal(lazy.val_x.batch(torch.tensor([1])), data.val_x.batch(torch.tensor([1])))
     assert lazy.train_x.batch(torch.tensor([], dtype=torch.int64)).shape == (0, 3, 6, 6)
@@ -188,15 +187,8 @@ def test_flat_gray_folder(tmp_path):
 def test_folders_with_wrong_content_are_refused(tmp_path):
     root = make_folder(tmp_path / "set")
     load = lambda size=6: datasets.load(DataConfig(source=str(root), img_size=size))  # noqa: E731
-    with pytest.raises(ValueError, match="expected img_size with an image folder"):
+    with pytest.raises(ValueError, match="expected img_size with encoded images"):
         load(None)
-    (root / "bees" / "9.png").write_bytes((root / "bees" / "0.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"bees/9\.png: expected an image that Pillow can decode"):
-        load()
-    Image.fromarray(np.full((6, 6), 40000, dtype=np.uint16)).save(root / "bees" / "9.png")
-    with pytest.raises(ValueError, match=r"bees/9\.png: .*expected 8 bits a channel"):
-        load()
-    (root / "bees" / "9.png").unlink()
     (root / "cats").mkdir()
     with pytest.raises(ValueError, match=r"cats: expected images .* in every class folder"):
         load()
@@ -206,6 +198,30 @@ def test_folders_with_wrong_content_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"expected images .* got none"):
         datasets.load(DataConfig(source=str(tmp_path / "empty"), img_size=6))
+
+
+def test_what_is_no_image_of_8_bits_is_corrupt(tmp_path):
+    root = make_folder(tmp_path / "set")
+    (root / "bees" / "8.png").write_bytes((root / "bees" / "0.png").read_bytes()[:60])
+    Image.fromarray(np.full((6, 6), 40000, dtype=np.uint16)).save(root / "bees" / "9.png")
+    data = datasets.load(DataConfig(source=str(root), img_size=6, val_fraction=0.0))
+    x = data.train_x.batch()
+    assert torch.equal(x[6:], x[3:4].expand(2, -1, -1, -1))  # the first of the class
+    assert "expected an image that Pillow can decode" in data.corrupt.reasons["bees/8.png"]
+    assert "expected 8 bits a channel" in data.corrupt.reasons["bees/9.png"]
+
+
+def test_half_precision_latents_and_strides_are_kept(tmp_path):
+    """Nothing is copied or widened before a batch is asked for."""
+    latents = np.random.RandomState(0).standard_normal((6, 4, 4, 8)).astype(np.float16)
+    data = datasets.load(DataConfig(source=str(bytes_npz(tmp_path, images=latents)), val_fraction=0.0))
+    assert data.train_x.pixels.dtype == torch.float16
+    x = data.train_x.batch(torch.tensor([4, 1]))
+    assert x.is_contiguous()
+    assert torch.equal(x, torch.from_numpy(latents[[4, 1]].transpose(0, 3, 1, 2).astype(np.float32)))
+    path = tmp_path / "big_endian.npz"
+    np.savez(path, images=latents.astype(">f8"))
+    assert torch.equal(datasets.load(DataConfig(source=str(path), val_fraction=0.0)).train_x.batch()[[4, 1]], x)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ SMALL = (
     "model.width=16", "model.head_dim=8", "model.num_blocks=2", "optim.steps=1", "optim.batch_size=2",
     "optim.warmup_steps=0", "run.tensorboard=false", "run.threads=1", "run.validate_images=2",
 )  # fmt: skip
+ALIGNED = ("representation.features=[[-1, 0], [0, 0]]", "representation.encoder={name: self_supervised, steps: 1}")
 DEPTH = {"flow": "model.layers_per_block=1", "inverse": "model.layers_per_group=1"}
 
 
@@ -40,6 +41,8 @@ def sources(tmp_path_factory):
     np.savez(folder / "fashion.npz", images=gray, labels=np.arange(20) % 10)
     latents = rng.standard_normal((1000, 32, 32, 4)).astype(np.float16)
     np.savez(folder / "latents.npz", images=latents, labels=np.arange(1000))
+    pixels = rng.randint(0, 256, (1000, 64, 64, 3)).astype(np.uint8)
+    np.savez(folder / "imagenet64.npz", images=pixels, labels=np.arange(1000))
     (folder / "images").mkdir()
     for k in range(4):
         Image.fromarray(rng.randint(0, 256, (40, 36, 3)).astype(np.uint8)).save(folder / f"images/{k}.png")
@@ -48,6 +51,7 @@ def sources(tmp_path_factory):
         "fashion": str(folder / "fashion.npz"),
         "folder": str(folder / "images"),
         "imagenet256": str(folder / "latents.npz"),
+        "imagenet64": str(folder / "imagenet64.npz"),
     }
 
 
@@ -79,6 +83,20 @@ def test_info_says_what_a_preset_is_and_its_data(name, capsys):
     assert yaml.safe_load(settings) == presets.read(name)
 
 
+def test_aligned_presets_have_the_papers_settings():
+    """FlowBack's (arXiv 2511.22345, section 5 and table 6); what the flow of the same name without alignment has."""
+    for name in ("imagenet64_aligned_flow", "imagenet256_aligned_flow"):
+        settings = presets.training(name)
+        own, model, optim = settings.representation, settings.model, settings.optim
+        assert own.pairs(model) == ((7, 5), (6, 5))
+        assert (own.weight, own.projector_width, model.tokens, model.width) == (0.1, 1024, 256, 1024)
+        assert (optim.batch_size, optim.lr, optim.ema, optim.weight_decay) == (256, 1e-4, 0.9999, 1e-4)
+    assert presets.training("imagenet256_aligned_flow").model.noise_std == 0.2
+    for name in ("digits", "fashion"):
+        aligned, plain = (presets.read(f"{name}_{kind}") for kind in ("aligned_flow", "flow"))
+        assert {k: v for k, v in aligned.items() if k != "representation"} == plain
+
+
 def test_sizes_grow():
     def count(name):
         with torch.device("meta"):
@@ -107,7 +125,7 @@ def test_a_preset_says_its_data_and_trains_a_step_on_it(name, sources, tmp_path)
     )
     assert "digits" in comments if source == "digits" else "data.source=" in comments
     stage = name.rpartition("_")[2]
-    given = (*SMALL, f"data.source={source}")
+    given = (*SMALL, f"data.source={source}", *(ALIGNED if "representation" in presets.read(name) else ()))
     settings = presets.training(name, (*given, DEPTH[stage]))
     if stage == "flow":
         model = train.train_flow(settings, tmp_path / "run", progress=False)

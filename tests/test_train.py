@@ -123,12 +123,14 @@ def test_the_objective_drops_labels_in_training_only(images):
 
 
 def test_images_are_flipped_at_random_in_training(images, tmp_path, monkeypatch):
-    seen = []
+    seen, named = [], []
 
-    def spy(self, model, x, y, generator, *, training):
+    def spy(self, model, x, y, generator, *, training, rows=None):
+        assert (rows is not None) == training
         if training:
             seen.append(x)
-        return original(self, model, x, y, generator, training=training)
+            named.append(rows)
+        return original(self, model, x, y, generator, training=training, rows=rows)
 
     original = likelihood.Likelihood.loss
     monkeypatch.setattr(likelihood.Likelihood, "loss", spy)
@@ -141,6 +143,8 @@ def test_images_are_flipped_at_random_in_training(images, tmp_path, monkeypatch)
     turned = (torch.cat(seen) == stored.flip(-1)).flatten(1).all(1)
     assert bool((kept ^ turned).all())
     assert 12 <= int(turned.sum()) <= 36
+    indices = torch.cat([order.indices(step) for step in range(3)])
+    assert torch.equal(torch.cat(named), indices + len(data.train_x) * turned), "which image, and whether mirrored"
 
 
 def test_shift_only_moves_the_prior_in_training_only(images, tmp_path):

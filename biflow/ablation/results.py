@@ -28,3 +28,12 @@ def mean(values: Sequence[float | None]) -> float:
     """Of the values that are known; infinite if none is."""
     known = [v for v in values if v is not None]
     return statistics.fmean(known) if known else float("inf")
+
+
+def cell(values: Sequence[float | None]) -> str:
+    """Of a table: the mean of the values that are known ± their standard deviation; "" if none is."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return ""
+    spread = f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.4g}{spread}"

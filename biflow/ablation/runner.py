@@ -12,15 +12,21 @@ import biflow
 from biflow import data as datasets
 from biflow import evaluate, presets
 from biflow.ablation.orderings import Ordering
+from biflow.ablation.semantics import SemanticsConfig, measure
 from biflow.ablation.table import write_tables
-from biflow.checkpoint import replacing
 from biflow.config import check_fields, completed, from_mapping, to_mapping
 from biflow.data import DataConfig
 from biflow.evaluate import EvaluationConfig, RealData
+from biflow.files import replacing
 from biflow.models import BiFlow, TarFlow
 from biflow.report import environment
 from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse
 from biflow.train.runs import check_same, train_seconds
+
+PLACE = ("source", "index", "workers")  # fields of the data that may differ from one machine to the next
+# fields of the data that are newer than folders that runs are in, whose names do not change while these are at their
+# defaults; as with `representation` of a flow
+NEWER = ("crop", "channels", "classes", "exclude", "split", "image_key", "label_key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,7 @@ class AblationRow:
     flow, inverse: a preset or YAML file of stage one, and of stage two; without inverse the row is of the exact one.
     flow_settings, inverse_settings: `key=value` changes of them.
     evaluation: of samples and reconstructions.
+    semantics: what the flow knows of classes, and when it knew; None: not measured.
     """
 
     title: str
@@ -39,6 +46,7 @@ class AblationRow:
     inverse: str | None = None
     inverse_settings: tuple[str, ...] = ()
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    semantics: SemanticsConfig | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -126,7 +134,7 @@ def _result(
     progress: bool,
 ) -> dict:
     flow_config, inverse_config = row.training(seed, settings)
-    configuration = _configuration(flow_config, inverse_config, row.evaluation)
+    configuration = _configuration(flow_config, inverse_config, row.evaluation, row.semantics)
     file = out / "results" / f"{name}-{seed}.json"
     if file.is_file():
         found = json.loads(file.read_text())
@@ -143,6 +151,7 @@ def _result(
         "title": row.title,
         "seed": seed,
         **_evaluate(flow, rev, real_data(flow_config.data, row.evaluation), row.evaluation),
+        **({} if row.semantics is None else {"semantics": _semantics(flow, flow_run, flow_config, row, real_data)}),
         "train_seconds": {
             "flow": train_seconds(flow_run),
             "inverse": None if rev is None else train_seconds(inverse_run),
@@ -165,6 +174,17 @@ def _evaluate(flow: TarFlow, rev: BiFlow | None, real: RealData, evaluation: Eva
     return {"data": evaluate.describe_data(real), **found}
 
 
+def _semantics(
+    flow: TarFlow,
+    run: Path,
+    config: FlowTraining,
+    row: AblationRow,
+    real_data: Callable[[DataConfig, EvaluationConfig], RealData],
+) -> dict:
+    real = real_data(config.data, row.evaluation)
+    return measure(flow, run, datasets.load(config.data), real, row.evaluation, row.semantics)
+
+
 def _passes(flow: TarFlow, rev: BiFlow | None, guidance: float) -> int:
     """Passes through a network, one after the other, from z to x; an exact step of one token counts as one."""
     if rev is None:
@@ -172,27 +192,43 @@ def _passes(flow: TarFlow, rev: BiFlow | None, guidance: float) -> int:
     return 2 if guidance > 0 and not rev.config.max_guidance else 1
 
 
-def _configuration(flow: FlowTraining, inverse: InverseTraining | None, evaluation: EvaluationConfig) -> dict:
+def _configuration(
+    flow: FlowTraining,
+    inverse: InverseTraining | None,
+    evaluation: EvaluationConfig,
+    semantics: SemanticsConfig | None = None,
+) -> dict:
     """All that determines a result, as it is stored in it."""
     stages = {"flow": flow, "inverse": inverse, "evaluation": evaluation}
+    stages |= {} if semantics is None else {"semantics": semantics}
     return _without_place({k: None if c is None else to_mapping(c) for k, c in stages.items()})
 
 
 def _without_place(configuration: dict) -> dict:
-    """The configuration without what differs from one machine to the next: where the data lies."""
+    """The configuration without what differs from one machine to the next: where the data lies, who decodes it."""
     stages = {k: v for k, v in configuration.items() if k in ("flow", "inverse") and v is not None}
     return configuration | {
-        k: v | {"data": {name: value for name, value in v["data"].items() if name != "source"}}
+        k: v | {"data": {name: value for name, value in v["data"].items() if name not in PLACE}}
         for k, v in stages.items()
     }
 
 
 def _with_defaults(configuration: dict) -> dict:
     """The configuration of a result with the defaults of fields that are newer than it."""
-    classes = {"flow": FlowTraining, "inverse": InverseTraining, "evaluation": EvaluationConfig}
+    classes = {
+        "flow": FlowTraining,
+        "inverse": InverseTraining,
+        "evaluation": EvaluationConfig,
+        "semantics": SemanticsConfig,
+    }
     return _without_place({k: v and completed(classes[k], v) for k, v in configuration.items()})
 
 
 def _digest(flow: FlowTraining, inverse: InverseTraining | None = None) -> str:
     named = _without_place({k: to_mapping(c) for k, c in (("flow", flow), ("inverse", inverse)) if c is not None})
+    if flow.representation is None:
+        del named["flow"]["representation"]
+    plain = to_mapping(DataConfig())
+    for stage in named.values():
+        stage["data"] = {k: v for k, v in stage["data"].items() if k not in NEWER or v != plain[k]}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from biflow.ablation.orderings import Ordering, compare
-from biflow.ablation.results import at_guidance, best_guidance, by_guidance
-from biflow.checkpoint import replacing
+from biflow.ablation.results import at_guidance, best_guidance, by_guidance, cell
+from biflow.ablation.semantics import semantics_table
+from biflow.files import replacing
 
 
 def write_tables(results: dict[str, list[dict]], orderings: Sequence[Ordering], out: Path) -> None:
     """out/table.md and (this needs Matplotlib) out/table.png: the Frechet distance of every row by guidance."""
-    text = table(results) + (f"\n{orderings_table(results, orderings)}" if orderings else "")
+    parts = [table(results), semantics_table(results)]
+    parts += [orderings_table(results, orderings)] if orderings else []
+    text = "\n".join(part for part in parts if part)
     with replacing(out / "table.md") as temporary:
         temporary.write_text(text)
     _plot(results, out / "table.png")
@@ -32,16 +35,16 @@ def table(results: dict[str, list[dict]]) -> str:
         best = best_guidance(found)
         cells = [found[0]["title"], str(len(found))]
         without, at_best = (list(at_guidance(found, guidance).values()) for guidance in (0.0, best))
-        cells += [_cell([s[key] for s in without]) for key in shown]
+        cells += [cell([s[key] for s in without]) for key in shown]
         cells += [f"{best:g}", str(at_best[0]["passes"])]
-        cells += [_cell([s[key] for s in at_best]) for key in shown]
-        cells += [_cell([r.get(key) for r in found]) for key in ("reconstruction_mse", "held_out_bits_per_dim")]
+        cells += [cell([s[key] for s in at_best]) for key in shown]
+        cells += [cell([r.get(key) for r in found]) for key in ("reconstruction_mse", "held_out_bits_per_dim")]
         lines.append(f"| {' | '.join(cells)} |")
     floors = [[r["data"][f"{key}_held_out"] for found in results.values() for r in found] for key in shown[:3]]
     lines += [
         "",
-        f"Real held-out images: Frechet distance {_cell(floors[0])}, precision {_cell(floors[1])}, recall "
-        f"{_cell(floors[2])}. A cell: mean over seeds ± standard deviation. Passes: through a network, one after the "
+        f"Real held-out images: Frechet distance {cell(floors[0])}, precision {cell(floors[1])}, recall "
+        f"{cell(floors[2])}. A cell: mean over seeds ± standard deviation. Passes: through a network, one after the "
         "other; an exact step of one token is one.",
     ]
     return "\n".join(lines) + "\n"
@@ -69,14 +72,6 @@ def orderings_table(results: dict[str, list[dict]], orderings: Sequence[Ordering
         "difference is larger; does not hold: it is below minus the noise.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _cell(values: Sequence[float | None]) -> str:
-    known = [v for v in values if v is not None]
-    if not known:
-        return ""
-    spread = f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.4g}{spread}"
 
 
 def _plot(results: dict[str, list[dict]], path: Path) -> None:

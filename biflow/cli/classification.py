@@ -1,4 +1,4 @@
-"""Classification by a flow's own likelihood: classify."""
+"""What a flow knows of classes: classify, by its own likelihood, and probe, by a linear classifier of its features."""
 
 import json
 import time
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from biflow.cli.common import Checkpoint, Device, Seed, data_config, examples, load_model, pick_images
+from biflow.cli.common import Checkpoint, DataSource, Device, Seed, data_config, examples, load_model, pick_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,9 +19,7 @@ RULES = ("gradient", "bayes", "both")
 
 def classify(
     checkpoint: Checkpoint,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="SOURCE", help="digits, a .npz or a folder.  [default: the run's]")
-    ] = None,
+    data: DataSource = None,
     rule: Annotated[
         str,
         typer.Option("--rule", metavar="|".join(RULES), help="One backward pass, an encode a class, or compare them."),
@@ -74,6 +72,71 @@ def classify(
     typer.echo(json.dumps(report, indent=2, allow_nan=False))
 
 
+def probe(
+    checkpoint: Checkpoint,
+    data: DataSource = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option("--features", metavar="BLOCK:LAYER|all", help="From 0, blocks in encode order; may be repeated."),
+    ] = None,
+    train: Annotated[int, typer.Option("--train", min=2, help="At most so many training images.")] = 10_000,
+    n: Annotated[int, typer.Option("--n", min=1, help="At most so many held-out images.")] = 10_000,
+    penalty: Annotated[float, typer.Option("--penalty", help="C of the logistic regression; smaller: stronger.")] = 1.0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a pass.")] = 256,
+    out: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the numbers as JSON.")] = None,
+    device: Device = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """How well a linear classifier reads the class off a flow's features, by block and layer.
+
+    A logistic regression on the mean over tokens of each layer's features, fitted on labelled training images and
+    judged on held-out ones. Prints a table. Needs scikit-learn.
+    """
+    from tqdm import tqdm
+
+    from biflow import data as datasets
+    from biflow import evaluate
+    from biflow.files import replacing
+
+    path = None if out is None else Path(out).expanduser()
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"--json: expected an existing folder, got {path.parent}")
+    pairs = _pairs(features or ["all"])
+    config = evaluate.ProbeConfig(train_images=train, held_out_images=n, penalty=penalty, batch_size=batch_size)
+    flow = load_model(checkpoint, "TarFlow", device=device)
+    loaded = datasets.load(data_config(data, checkpoint, flow.config.img_size))
+    evaluate.check_data(flow, loaded)
+    count = min(train, len(loaded.train_x)) + min(n, len(loaded.val_x))
+    with tqdm(total=count, desc="probe", unit="image", disable=quiet) as bar:
+        found = evaluate.probe_flow(flow, loaded, pairs, config, progress=bar.update)
+    typer.echo("| block | layer | held-out accuracy | training accuracy |\n|---|---|---|---|")
+    for row in found:
+        typer.echo(
+            f"| {row['block']} | {row['layer']} | {row['accuracy']:.4f} | {row['train_accuracy']:.4f} |"
+            + ("" if row["converged"] else " (the solver has not converged)")
+        )
+    if path is not None:
+        with replacing(path) as temporary:
+            temporary.write_text(
+                json.dumps({"train": train, "n": n, "penalty": penalty, "probe": found}, indent=1) + "\n"
+            )
+
+
+def _pairs(words: list[str]) -> list[tuple[int, int]] | None:
+    """["3:1"] -> [(3, 1)]; ["all"] -> None."""
+    if words == ["all"]:
+        return None
+    pairs = []
+    for word in words:
+        block, _, layer = word.partition(":")
+        if not (block.isdecimal() and layer.isdecimal()):
+            raise ValueError(f"--features: expected BLOCK:LAYER such as 3:1, or all alone, got {word!r}")
+        pairs.append((int(block), int(layer)))
+    if len(set(pairs)) < len(pairs):
+        raise ValueError(f"--features: expected each once, got {' '.join(words)}")
+    return pairs
+
+
 def _scores(flow: "TarFlow", x: "Tensor", rule: str, noise_draws: int, batch_size: int, seed: int) -> "Tensor":
     """On the CPU. Both rules see the same noise."""
     import torch
@@ -86,7 +149,7 @@ def _scores(flow: "TarFlow", x: "Tensor", rule: str, noise_draws: int, batch_siz
 def _write(scores: "Tensor", top_k: int, path: Path) -> None:
     import numpy as np
 
-    from biflow.checkpoint import replacing
+    from biflow.files import replacing
 
     labels = scores.topk(min(top_k, scores.shape[1])).indices
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -101,6 +164,14 @@ COMMANDS = (
             "biflow classify runs/flow",
             "biflow classify runs/flow --rule both --noise-draws 4",
             "biflow classify flow.safetensors --data images.npz --top-k 3 --out labels.npz",
+        ),
+    ),
+    (
+        "probe",
+        probe,
+        examples(
+            "biflow probe runs/flow",
+            "biflow probe runs/flow --features 3:1 --features 2:1 --json probe.json",
         ),
     ),
 )

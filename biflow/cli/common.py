@@ -17,6 +17,10 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CKPT", help="A model .safetensors file, or a finished run's folder.")
 ]
+DataSource = Annotated[
+    str | None,
+    typer.Option("--data", metavar="SOURCE", help="digits, a .npz, a folder, shards.  [default: the run's]"),
+]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
 
@@ -86,7 +90,7 @@ def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConf
 
     Of a source that the run was trained on, the run's own split, so that nothing it has seen counts as held out.
     """
-    from biflow.data import DataConfig
+    from biflow.data import DataConfig, is_encoded
 
     own = _run_data(checkpoint)
     if source is None:
@@ -102,7 +106,7 @@ def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConf
         "split, and may include some that it was trained on",
         err=True,
     )
-    return DataConfig(source=source, img_size=img_size if Path(source).expanduser().is_dir() else None)
+    return DataConfig(source=source, img_size=img_size if is_encoded(source) else None)
 
 
 def own_data(checkpoint: str, source: str | None) -> bool:
@@ -125,8 +129,8 @@ def write_npz(images: "Tensor", y: "Tensor | None", path: Path) -> None:
     """Images (N,C,H,W), pixels clamped to [-1, 1], and labels (N,) as a file that --data and data.source read."""
     import numpy as np
 
-    from biflow.checkpoint import replacing
     from biflow.data import in_range
+    from biflow.files import replacing
 
     arrays = {"images": in_range(images).permute(0, 2, 3, 1).numpy()}
     if y is not None:

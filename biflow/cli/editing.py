@@ -38,7 +38,7 @@ Source = Annotated[
     typer.Option(
         "--images",
         metavar="SOURCE",
-        help="digits, a .npz or a folder.  [default: what the flow's run held out]",
+        help="digits, a .npz, a folder, shards.  [default: what the flow's run held out]",
     ),
 ]
 Out = Annotated[str, typer.Option("--out", help="A .png (before and after) or .npz (edited images).")]
@@ -287,8 +287,8 @@ def _data(flow: "TarFlow", checkpoint: str, source: str | None) -> "ImageData":
     if own_data(checkpoint, source):
         config: DataConfig = data_config(source, checkpoint, size)
     else:
-        folder = Path(source).expanduser().is_dir()
-        config = datasets.DataConfig(source=source, img_size=size if folder else None, val_fraction=0.0)
+        encoded = datasets.is_encoded(source)
+        config = datasets.DataConfig(source=source, img_size=size if encoded else None, val_fraction=0.0)
     data = datasets.load(config)
     evaluate.check_data(flow, data)
     return data

@@ -8,6 +8,7 @@ import typer
 
 from biflow.cli.common import (
     Checkpoint,
+    DataSource,
     Device,
     Seed,
     data_config,
@@ -168,9 +169,7 @@ def calibrate(
 def evaluate(
     checkpoint: Checkpoint,
     flow: Annotated[str | None, typer.Option("--flow", help="The flow that a learned inverse inverts.")] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="SOURCE", help="digits, a .npz or a folder.  [default: the run's]")
-    ] = None,
+    data: DataSource = None,
     out: Annotated[str | None, typer.Option("--out", help="Write the JSON here.  [default: print it]")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples per guidance.")] = 500,
     guidance: Annotated[
@@ -190,7 +189,7 @@ def evaluate(
     """
     from biflow import data as datasets
     from biflow import evaluate as metrics
-    from biflow.checkpoint import replacing
+    from biflow.files import replacing
     from biflow.models import BiFlow
 
     path = None if out is None else Path(out).expanduser()

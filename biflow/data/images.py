@@ -1,15 +1,22 @@
 """What a data set is after it was read: batches of images in [-1, 1], labels, and how the values were quantised."""
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from biflow.config import check_fields
+
+if TYPE_CHECKING:
+    from biflow.data.encoded import Corrupt, EncodedImages
+
+
+CROPS = ("center", "random")
+PIXEL_CHANNELS = (1, 3)  # gray, RGB; arrays with another number of channels are latents
 
 
 def spread(count: int, limit: int) -> Tensor:
@@ -21,11 +28,28 @@ def spread(count: int, limit: int) -> Tensor:
 class DataConfig:
     """Where images come from.
 
-    source: "digits" (scikit-learn's, 8x8), the path of a .npz file, or the path of an image folder.
-    img_size: side of the square images; required for folders (shorter side resized, centre cropped), None otherwise.
+    source: "digits" (scikit-learn's, 8x8); the path of a .npz file, of an image folder, of WebDataset shards (a folder,
+        a .tar file, a pattern such as "train-{000..127}.tar" or "*.tar") or of a Hugging Face data set (a folder of
+        `save_to_disk` or of parquet files, a .parquet file); "hf:NAME", a data set of the hub. See `load`.
+    img_size: side of the square images; required where images lie encoded (folders, shards, Hugging Face), which are
+        resized and cropped to it; None otherwise.
     val_fraction: share held out, class by class, where the source has no test split of its own.
     flip: train with random horizontal flips.
     seed: of the split.
+    crop: what training sees of an encoded image, as ADM does it: "center"; "random": a random square of the image
+        resized so that the square is at least 0.8 of its shorter side. Held-out images are always centre crops.
+
+    Of encoded images only:
+    channels: 1 or 3; None: 1 if all of 1,000 images, evenly spaced, are gray.
+    classes: a class map, a text file with the name of a class a line or a .json file {name: number}. None: the class
+        folders, names or numbers of the data, in order.
+    exclude: a file with the name of an image, a class folder or a shard a line to be left out, such as `biflow data
+        check --out` and training (corrupt.txt) write.
+    split: of a Hugging Face data set; None: "train", or the only one.
+    image_key, label_key: of a Hugging Face data set: columns; of shards: extensions, such as "jpg" and "cls", or
+        "json.KEY" for a label. None: the only images; labels where they usually are.
+    index: the file that keeps the index of shards; None: one beside the first shard.
+    workers: processes that decode training images ahead of time; the result does not depend on it. 0: none.
     """
 
     source: str = "digits"
@@ -33,17 +57,32 @@ class DataConfig:
     val_fraction: float = 0.1
     flip: bool = False
     seed: int = 0
+    crop: str = "center"
+    channels: int | None = None
+    classes: str | None = None
+    exclude: str | None = None
+    split: str | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+    index: str | None = None
+    workers: int = 0
 
     def __post_init__(self):
         check_fields(self)
         if not self.source:
-            raise ValueError("source: expected 'digits', a .npz file or an image folder, got an empty string")
+            raise ValueError("source: expected 'digits' or where the images are, got an empty string")
         if self.img_size is not None and self.img_size < 1:
             raise ValueError(f"img_size: expected at least 1, got {self.img_size}")
         if not (0 <= self.val_fraction < 1):
             raise ValueError(f"val_fraction: expected a number in [0, 1), got {self.val_fraction}")
         if self.seed < 0:
             raise ValueError(f"seed: expected 0 or more, got {self.seed}")
+        if self.crop not in CROPS:
+            raise ValueError(f"crop: expected one of {', '.join(CROPS)}, got {self.crop!r}")
+        if self.channels not in (None, *PIXEL_CHANNELS):
+            raise ValueError(f"channels: expected 1, 3 or None, got {self.channels}")
+        if self.workers < 0:
+            raise ValueError(f"workers: expected 0 or more, got {self.workers}")
 
 
 @dataclass(frozen=True)
@@ -59,8 +98,11 @@ class Quantisation:
         """Distance of neighbouring values of x; None for floats."""
         return None if self.levels is None else self.scale
 
+    def values(self, pixels: Tensor) -> Tensor:
+        """Stored values as x, fp32 and contiguous. The same bits on every device."""
+        return pixels.float().contiguous() * self.scale + self.offset
 
-PIXEL_CHANNELS = (1, 3)  # gray, RGB; arrays with another number of channels are latents
+
 DIGITS = Quantisation(17, 1 / 8, -1.0)
 BYTES = Quantisation(256, 1 / 128, 1 / 256 - 1)  # bin centres: x +- half a bin stays in [-1, 1]
 FLOATS = Quantisation(None, 1.0, 0.0)
@@ -72,47 +114,31 @@ def in_range(images: Tensor) -> Tensor:
 
 
 class Images:
-    """Images held in memory. pixels: (N,C,H,W) uint8, float32 in [-1, 1], or float32 latents."""
+    """Images held in memory. pixels: (N,C,H,W) uint8, or float32 or float16 in [-1, 1] or latents; any strides."""
 
     def __init__(self, pixels: Tensor, quantisation: Quantisation):
         self.pixels = pixels
         self.quantisation = quantisation
+        self.channels, self.img_size = pixels.shape[1], pixels.shape[2]
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
     def batch(self, indices: Tensor | None = None) -> Tensor:
         """Images `indices` (n,) int64, or all of them, as (n,C,H,W) fp32 in [-1, 1]. The same bits every time."""
-        pixels = self.pixels if indices is None else self.pixels[indices]
-        return pixels.float() * self.quantisation.scale + self.quantisation.offset
+        return self.quantisation.values(self.pixels if indices is None else self.pixels[indices])
 
     def take(self, indices: Tensor) -> "Images":
         """The images `indices`, in that order."""
         return Images(self.pixels[indices], self.quantisation)
 
-
-class ImageFiles:
-    """Images decoded from their files each time they are asked for; for folders too large to hold in memory."""
-
-    def __init__(self, paths: Sequence[Path], channels: int, img_size: int):
-        self.paths = tuple(paths)
-        self.channels = channels
-        self.img_size = img_size
-        self.quantisation = BYTES
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def batch(self, indices: Tensor | None = None) -> Tensor:
-        """As `Images.batch`. ValueError naming the file that cannot be decoded."""
-        wanted = range(len(self)) if indices is None else indices.tolist()
-        pixels = [decode_image(self.paths[i], self.channels, self.img_size) for i in wanted]
-        shape = (0, self.channels, self.img_size, self.img_size)
-        return Images(torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8), BYTES).batch()
-
-    def take(self, indices: Tensor) -> "ImageFiles":
-        """The images `indices`, in that order."""
-        return ImageFiles([self.paths[i] for i in indices.tolist()], self.channels, self.img_size)
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that `batch` depends on."""
+        about = [str(self.pixels.dtype), *self.pixels.shape, repr(self.quantisation)]
+        total = hashlib.sha256(json.dumps(about).encode())
+        for part in self.pixels.split(1024):  # strides may be any: no copy of all of them
+            total.update(part.contiguous().numpy())
+        return total.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -124,10 +150,12 @@ class ImageData:
     num_classes, class_names: 0 and () without labels.
     channels, img_size: C, and H = W.
     levels, bin_width: number of pixel values and their distance in x; None for images stored as floats.
+    fingerprint: SHA-256 (hex) over the names and labels of encoded images in their order; None for arrays.
+    corrupt: which encoded images were found corrupt so far; None for arrays.
     """
 
-    train_x: Images | ImageFiles
-    val_x: Images | ImageFiles
+    train_x: "Images | EncodedImages"
+    val_x: "Images | EncodedImages"
     train_y: Tensor | None
     val_y: Tensor | None
     num_classes: int
@@ -136,6 +164,8 @@ class ImageData:
     img_size: int
     levels: int | None
     bin_width: float | None
+    fingerprint: str | None = None
+    corrupt: "Corrupt | None" = None
 
 
 def split_indices(count: int, labels: Tensor | None, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -150,19 +180,3 @@ def split_indices(count: int, labels: Tensor | None, fraction: float, seed: int)
         size = min(math.floor(fraction * len(group) + 0.5), len(group) - 1)
         held_out[group[torch.randperm(len(group), generator=generator)[:size]]] = True
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-
-
-def decode_image(path: Path, channels: int, img_size: int) -> Tensor:
-    """An image file -> (C, img_size, img_size) uint8: turned as its EXIF says, shorter side resized, centre cropped."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # converting would clip 16 bits to 8
-                raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
-            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-            image = ImageOps.fit(image, (img_size, img_size), Image.Resampling.BICUBIC)
-            pixels = np.array(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: expected an image that Pillow can decode; {error}") from None
-    return torch.from_numpy(pixels).reshape(img_size, img_size, channels).permute(2, 0, 1).contiguous()

@@ -26,11 +26,13 @@ from biflow.evaluate.metrics import (
     score_step,
 )
 from biflow.evaluate.precision_recall import precision_recall
+from biflow.evaluate.probe import ProbeConfig, linear_probe, probe_flow
 from biflow.evaluate.timing import time_decoders
 
 __all__ = [
     "EvaluationConfig",
     "Judge",
+    "ProbeConfig",
     "RealData",
     "calibration_error",
     "check_data",
@@ -47,10 +49,12 @@ __all__ = [
     "evaluate_inverse",
     "fit_temperature",
     "frechet_distance",
+    "linear_probe",
     "log_posterior",
     "negative_log_likelihood",
     "noise",
     "precision_recall",
+    "probe_flow",
     "score_step",
     "time_decoders",
     "train_judge",

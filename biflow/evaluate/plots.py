@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from biflow.checkpoint import replacing
+from biflow.files import replacing
 from biflow.models import BiFlow, TarFlow
 from biflow.models.layers import unpatchify
 from biflow.solvers import Condition, Guidance

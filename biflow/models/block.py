@@ -97,10 +97,12 @@ class Block(nn.Module):
         classes: Tensor | None = None,
         attn_temp: float = 1.0,
         layer_dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+        alone: bool = False,
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
         """`params`, and the residual stream (B,N,C) after each of `layers`, by its index; without the prefix.
 
         In block order. Row n belongs to the token that the network reads there: token n, or n - 1 with a start token.
+        alone: no parameters but None, and no layers after the last of `layers`.
         """
         c, batch, tokens = self.config, x.shape[0], x.shape[1]
         if self.start_token is not None:
@@ -129,6 +131,8 @@ class Block(nn.Module):
                 h, delta = layer(h, delta, rope, causal=True, prefix=length, attn_temp=attn_temp)
                 if index in layers:
                     kept[index] = (h + delta)[:, length:]
+                if alone and len(kept) == len(layers):
+                    return None, kept
         return self.proj_out((h + delta)[:, length:]), kept
 
     def affine(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,10 +157,12 @@ class Block(nn.Module):
         context: Tensor | None = None,
         layer_dtype: torch.dtype | None = None,
         classes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """encode: x (B,T,D) in block order -> z (B,T,D), logdet (B,). context as the user gave it."""
+        layers: Collection[int] = (),
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """encode: x (B,T,D) in block order -> z (B,T,D), logdet (B,), `features` of `layers`. context as given."""
         prefix = self.project_context(context, x.shape[0])
-        return self.affine(x, self.params(x, y, prefix, classes=classes, layer_dtype=layer_dtype))
+        raw, kept = self.features(x, y, prefix, layers, classes=classes, layer_dtype=layer_dtype)
+        return *self.affine(x, raw), kept
 
     def guided_params(self, x: Tensor, condition: Condition, prefix: Tensor | None) -> Tensor:
         """`params` as a guided decode uses them: raw + w (raw - raw of the unconditional pass) with w by token.

@@ -6,7 +6,7 @@ import math
 import numbers
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -239,6 +239,25 @@ def device_clock(device: torch.device, clock: Callable[[], float] = time.perf_co
 def recording() -> bool:
     """Whether torch.compile traces this code or a CUDA graph records it."""
     return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def check_range(name: str, value: int, end: int, start: int = 0) -> None:
+    """TypeError, ValueError unless `value` is an int in [start, end)."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    if not start <= value < end:
+        raise ValueError(f"{name}: expected {start} to {end - 1}, got {value}")
+
+
+def check_pairs(
+    name: str, pairs: Iterable[tuple[int, int]], blocks: Sequence[nn.Module], start: int = 0
+) -> list[tuple[int, int]]:
+    """(block, layer) pairs of a flow's blocks from `start` on; TypeError, ValueError where there is none."""
+    pairs = list(pairs)
+    for block, layer in pairs:
+        check_range(f"{name}: block", block, len(blocks), start)
+        check_range(f"{name}: layer of block {block}", layer, len(blocks[block].layers))
+    return pairs
 
 
 def check_count(name: str, n: int) -> int:

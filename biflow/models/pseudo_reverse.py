@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from biflow.models.layers import check_floats
+from biflow.models.layers import check_floats, check_pairs, check_range
 from biflow.models.tarflow import TarFlow
 from biflow.solvers import solve_adjoint
 
@@ -74,12 +74,8 @@ def pseudo_reverse(
     """
     if context not in CONTEXTS:
         raise ValueError(f"context: expected one of {', '.join(CONTEXTS)}, got {context!r}")
-    _check_range("until", until, len(flow.blocks))
-    wanted: dict[int, set[int]] = {}
-    for block, layer in features:
-        _check_range("features: block", block, len(flow.blocks), until)
-        _check_range(f"features: layer of block {block}", layer, len(flow.blocks[block].layers))
-        wanted.setdefault(block, set()).add(layer)
+    check_range("until", until, len(flow.blocks))
+    wanted = _by_block(check_pairs("features", features, flow.blocks, until))
     cached = _trajectory(flow, x, y, context_tokens)
     states, kept = {len(flow.blocks): cached[-1]}, {}
     u = cached[-1] * flow.var.sqrt().to(cached[-1].dtype)
@@ -95,11 +91,43 @@ def pseudo_reverse(
         if live:
             u = _Inverse.apply(u, given)
             if layers:
-                _, found = block.features(u, y, prefix, layers)
+                _, found = block.features(u, y, prefix, layers, alone=True)
         u = u.flip(1) if flip else u
         states[index] = u
         kept |= {(index, layer): h.flip(1) if flip else h for layer, h in found.items()}
     return ReverseTrajectory(states, kept)
+
+
+def detached_features(
+    flow: TarFlow,
+    states: Sequence[Tensor],
+    y: Tensor | None = None,
+    context_tokens: Tensor | None = None,
+    *,
+    features: Iterable[tuple[int, int]],
+) -> dict[tuple[int, int], Tensor]:
+    """Features (B,T,C), by (block, layer), of blocks whose inputs are detached: a loss on them reaches its block only.
+
+    The bits of `pseudo_reverse(context="cached")` without the reverse: of each block the layers up to the last one that
+    is asked for. Arguments, order and errors as there, states x_0, ..., x_B as `flow.encode` returned them.
+    """
+    kept = {}
+    wanted = _by_block(check_pairs("features", features, flow.blocks))
+    given = _trajectory(flow, list(states), y, context_tokens)
+    for index, layers in wanted.items():
+        block, flip = flow.blocks[index], flow.blocks[index].config.flip
+        prefix = block.project_context(context_tokens, len(given[index]))
+        _, found = block.features(given[index].flip(1) if flip else given[index], y, prefix, layers, alone=True)
+        kept |= {(index, layer): h.flip(1) if flip else h for layer, h in found.items()}
+    return kept
+
+
+def _by_block(pairs: Iterable[tuple[int, int]]) -> dict[int, set[int]]:
+    """Block -> its layers."""
+    found: dict[int, set[int]] = {}
+    for block, layer in pairs:
+        found.setdefault(block, set()).add(layer)
+    return found
 
 
 class _Inverse(torch.autograd.Function):
@@ -135,10 +163,3 @@ def _trajectory(flow: TarFlow, x: Tensor | Sequence[Tensor], y: Tensor | None, c
         check_floats(f"x[{index}]", state, (len(x[0]) if index else None, c.tokens, c.channels), weight)
     flow._check_condition(y, context, len(x[0]))
     return [state.detach() for state in x]
-
-
-def _check_range(name: str, value: int, end: int, start: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-    if not start <= value < end:
-        raise ValueError(f"{name}: expected {start} to {end - 1}, got {value}")

@@ -7,7 +7,7 @@ positions, RMSNorm, SwiGLU, QK-norm and in-context class tokens (BiFlow, arXiv 2
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from biflow.models.layers import (
     check_grid,
     check_kernels,
     check_labels,
+    check_pairs,
     check_size,
     check_transformer,
     device_name,
@@ -157,8 +158,9 @@ class TarFlow(PassModule):
         context: Tensor | None = None,
         *,
         return_states: bool = False,
+        features: Collection[tuple[int, int]] = (),
         precision: str | None = None,
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple:
         """Data to noise.
 
         Args:
@@ -166,24 +168,29 @@ class TarFlow(PassModule):
             y: class labels (B,) int64; -1 or None: unconditional (the mean class embedding).
             context: (B,S,context_dim) of x's dtype, or None (one learned null token).
             return_states: also return the trajectory.
+            features: (block, layer) pairs of which to return the features too, as `pseudo_reverse` has them.
             precision: None: the differentiable pass, in x's dtype. "fp32", "bf16": for fp32 models, faster
                 (docs/results.md), no gradient: on a CPU by the packed kernels of `decode`, on a GPU as a CUDA graph
                 (`Passes`). In bf16 the layers' weights, and what they multiply, are rounded; z and logdet are fp32.
 
         Returns:
             z (B,T,D) in x's dtype; logdet (B,) = log|det dz/dx| in nats, fp32 (fp64 for fp64 x); with return_states the
-            list x_0, ..., x_B, each (B,T,D) in data order, x_0 the patches of x and x_B = z.
+            list x_0, ..., x_B, each (B,T,D) in data order, x_0 the patches of x and x_B = z; with features, last, the
+            residual stream (B,T,C) after each of those layers, by (block, layer), in data order.
 
         Raises:
             TypeError, ValueError: wrong dtype, device or shape, labels out of range, NaN or infinite values (values
-                are not looked at inside torch.compile).
+                are not looked at inside torch.compile), a block or layer that is not there, features with a precision.
         """
         c, weight = self.config, self.blocks[0].proj_in.weight
         check_kernels(weight)
         check_floats("x", x, (None, c.in_channels, c.img_size, c.img_size), weight)
         self._check_condition(y, context, x.shape[0])
+        features = check_pairs("features", features, self.blocks)
         if precision is None:
-            return self(x, y, context, return_states=return_states)
+            return self(x, y, context, return_states=return_states, features=features)
+        if features:
+            raise ValueError(f"precision: expected None with features, got {precision!r}")
         check_decoding(precision, solvers.PRECISIONS, weight)
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             raise RuntimeError(
@@ -207,19 +214,22 @@ class TarFlow(PassModule):
         return_states: bool = False,
         layer_dtype: torch.dtype | None = None,
         classes: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
+        features: Collection[tuple[int, int]] = (),
+    ) -> tuple:
         """`encode` without its checks. layer_dtype, classes (one tensor a block): as in `Block.params`."""
         h = patchify(x, self.config.patch_size)
-        states, flipped, logdet = [h], False, 0.0
-        for block, rows in zip(self.blocks, classes or [None] * len(self.blocks), strict=True):
+        states, flipped, logdet, kept = [h], False, 0.0, {}
+        for index, (block, rows) in enumerate(zip(self.blocks, classes or [None] * len(self.blocks), strict=True)):
             if block.config.flip != flipped:
                 h, flipped = h.flip(1), block.config.flip
-            h, block_logdet = block(h, y, context, layer_dtype, rows)
+            layers = [layer for wanted, layer in features if wanted == index]
+            h, block_logdet, found = block(h, y, context, layer_dtype, rows, layers)
             logdet = logdet + block_logdet
+            kept |= {(index, layer): f.flip(1) if flipped else f for layer, f in found.items()}
             if return_states:
                 states.append(h.flip(1) if flipped else h)
         states[-1] = h.flip(1) if flipped else h
-        return self._to_prior(states, logdet, return_states)
+        return *self._to_prior(states, logdet, return_states), *([kept] if features else ())
 
     def _to_prior(self, states: list[Tensor], logdet: Tensor, return_states: bool):
         """The result of `encode` from the trajectory: its last state scaled to unit variance."""

@@ -4,28 +4,35 @@ from biflow.train.configs import (
     GUIDANCE_DRAWS,
     STRATEGIES,
     AlignmentConfig,
+    EncoderConfig,
     FlowTraining,
     InverseTraining,
     OptimConfig,
     PerceptualConfig,
+    RepresentationConfig,
     RunConfig,
 )
 from biflow.train.distill import alignment_loss, train_inverse
 from biflow.train.likelihood import likelihood_loss, train_flow
 from biflow.train.perceptual import Perceptual
+from biflow.train.representation import Representation, representation_loss
 
 __all__ = [
     "GUIDANCE_DRAWS",
     "STRATEGIES",
     "AlignmentConfig",
+    "EncoderConfig",
     "FlowTraining",
     "InverseTraining",
     "OptimConfig",
     "Perceptual",
     "PerceptualConfig",
+    "Representation",
+    "RepresentationConfig",
     "RunConfig",
     "alignment_loss",
     "likelihood_loss",
+    "representation_loss",
     "train_flow",
     "train_inverse",
 ]

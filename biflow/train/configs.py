@@ -20,6 +20,10 @@ PRECISIONS = ("fp32", "bf16")
 LIBRARY_BACKBONES = ("lpips", "convnext_v2", "vgg")
 BACKBONES = (*LIBRARY_BACKBONES, "classifier")
 INPUTS = ("imagenet", "raw")
+REPRESENTATION_STRATEGIES = ("forward", "detach", "reverse")
+REVERSE_CONTEXTS = ("cached", "live")
+ENCODERS = ("dinov2", "self_supervised")
+OWN_FUNCTION = r"\w+(\.\w+)*:\w+"  # "package.module:function"
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a run is carried out. A resumed run may change the `*_every` fields and `keep`, nothing else.
+    """How a run is carried out. A resumed run may change the `*_every` fields and `keep`, nothing else here.
 
     seed: of the initial weights, the order of the data and all noise.
     log_every, validate_every, checkpoint_every: in steps; the last step does all three.
@@ -187,7 +191,7 @@ class PerceptualConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if self.backbone not in BACKBONES and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.backbone):
+        if self.backbone not in BACKBONES and not re.fullmatch(OWN_FUNCTION, self.backbone):
             known = ", ".join(BACKBONES)
             raise ValueError(f"backbone: expected one of {known}, or 'package.module:function', got {self.backbone!r}")
         if not (0 < self.weight < math.inf):
@@ -202,11 +206,7 @@ class PerceptualConfig:
             ("inputs", own, "'package.module:function'"),
             ("steps", self.backbone == "classifier", "classifier"),
         ):
-            if getattr(self, field_name) is not None and not takes:
-                got = getattr(self, field_name)
-                raise ValueError(
-                    f"{field_name}: expected None with backbone {self.backbone!r} (for {where}), got {got!r}"
-                )
+            _only_where(self, field_name, takes, f"backbone {self.backbone!r}", where)
         if self.layers == ():
             raise ValueError("layers: expected at least one name, or None, got none")
         if self.inputs is not None:
@@ -228,10 +228,118 @@ class PerceptualConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The frozen encoder whose features a flow's are aligned with; see docs/flowback.md.
+
+    name: "dinov2": DINOv2 (arXiv 2304.07193) by timm. "self_supervised": a small network that is trained without labels
+        on the training images when the run starts (`self_supervised`). "package.module:function": a function without
+        arguments that returns a torch.nn.Module; it maps what the data yields, (B,C,S,S), to one feature map (B,F,h,w).
+    model: dinov2: which of timm's DINOv2 models; None: "vit_base_patch14_dinov2.lvd142m", the paper's.
+    weights: a file of weights, .safetensors or what torch.save makes of a state dict. None: those that timm has in its
+        cache or downloads; a function's module as it comes.
+    size: side to which images are resized (bicubic, antialiased) for the encoder. None: 224 for dinov2, else as they
+        are. The feature map is resized to the flow's tokens in any case.
+    inputs: what a function's module takes. "imagenet" (None): three channels (gray is repeated) normalised by
+        ImageNet's mean and standard deviation; "raw": the data as it is, pixels in [-1, 1] or latents.
+    precision: "fp32", or "bf16" for autocast; of the encoder alone, whatever the run's is.
+    steps: training steps of self_supervised; None: 600.
+    """
+
+    name: str = "self_supervised"
+    model: str | None = None
+    weights: str | None = None
+    size: int | None = None
+    inputs: str | None = None
+    precision: str = "fp32"
+    steps: int | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+        own = self.name not in ENCODERS
+        if own and not re.fullmatch(OWN_FUNCTION, self.name):
+            known = ", ".join(ENCODERS)
+            raise ValueError(f"name: expected one of {known}, or 'package.module:function', got {self.name!r}")
+        trained = self.name == "self_supervised"
+        for field_name, takes, where in (
+            ("model", self.name == "dinov2", "dinov2"),
+            ("weights", not trained, "all but self_supervised"),
+            ("size", not trained, "all but self_supervised"),
+            ("inputs", own, "'package.module:function'"),
+            ("steps", trained, "self_supervised"),
+        ):
+            _only_where(self, field_name, takes, f"name {self.name!r}", where)
+        if self.inputs is not None:
+            _one_of(self, INPUTS, "inputs")
+        _one_of(self, PRECISIONS, "precision")
+        for field_name in ("size", "steps"):
+            if getattr(self, field_name) is not None:
+                _at_least(self, 1, field_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepresentationConfig:
+    """Alignment of a flow's features with a frozen encoder's in stage one (FlowBack, arXiv 2511.22345, section 4.2).
+
+    features: (block, layer) pairs whose features are aligned, both from 0, blocks in encode order, -1 the last. The
+        paper's best for samples is layer 6 of 8, by its count, of the last two blocks: [[-1, 5], [-2, 5]].
+    strategy: which weights the loss of a block's features reaches. "forward": that block and those before it. "detach":
+        that block. "reverse": `biflow.pseudo_reverse`, by `context`.
+    context: "live" (None): that block and those after it, the gradient of a decode. "cached": the paper's algorithm 2,
+        whose features and gradients are those of "detach", at a higher price. With "reverse" only.
+    weight: lambda, of the alignment in the loss.
+    projector_width: of both hidden layers of the projector, Linear, SiLU, Linear, SiLU, Linear.
+    shared_projector: one projector for all features; False: one each.
+    encoder: what the features are aligned with.
+    cache_features: keep the encoder's features of all training images on disk: True: in the run's folder; a folder, for
+        several runs; False: compute them in every step. The same bits. A resumed run may change it. Not with random
+        crops.
+    """
+
+    features: tuple[tuple[int, int], ...]
+    strategy: str = "detach"
+    context: str | None = None
+    weight: float = 0.1
+    projector_width: int = 1024
+    shared_projector: bool = True
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    cache_features: bool | str = False
+
+    def __post_init__(self):
+        check_fields(self)
+        if not self.features:
+            raise ValueError("features: expected at least one (block, layer), got none")
+        _one_of(self, REPRESENTATION_STRATEGIES, "strategy")
+        _only_where(self, "context", self.strategy == "reverse", f"strategy {self.strategy!r}", "reverse")
+        if self.context is not None:
+            _one_of(self, REVERSE_CONTEXTS, "context")
+        if not (0 < self.weight < math.inf):
+            raise ValueError(f"weight: expected a finite number > 0, got {self.weight}")
+        _at_least(self, 1, "projector_width")
+        if self.cache_features == "":
+            raise ValueError("cache_features: expected true, false or a folder, got an empty string")
+
+    def pairs(self, model: TarFlowConfig) -> tuple[tuple[int, int], ...]:
+        """`features` of that model, counted from 0. ValueError: one that it does not have, or one twice."""
+        found = []
+        for block, layer in self.features:
+            if not -model.num_blocks <= block < model.num_blocks:
+                raise ValueError(f"features: expected blocks below {model.num_blocks}, got ({block}, {layer})")
+            block %= model.num_blocks
+            layers = model.block(block).layers
+            if not -layers <= layer < layers:
+                raise ValueError(f"features: expected layers of block {block} below {layers}, got ({block}, {layer})")
+            found.append((block, layer % layers))
+        if len(set(found)) < len(found):
+            raise ValueError(f"features: expected each (block, layer) once, got {found}")
+        return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlowTraining:
     """Stage one. model.noise_std > 0: Gaussian noise of that size on the data; 0: uniform dequantisation noise.
 
     label_drop: share of the labels replaced by -1 (unconditional) in training.
+    representation: alignment of the flow's features with an encoder's, beside the likelihood; None: likelihood alone.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -239,12 +347,23 @@ class FlowTraining:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     label_drop: float = 0.1
+    representation: RepresentationConfig | None = None
 
     def __post_init__(self):
         check_fields(self)
         _check_drop(self.label_drop)
         if self.model.context_dim:
             raise ValueError(f"model.context_dim: expected 0 (data has no context), got {self.model.context_dim}")
+        if self.representation is not None:
+            try:
+                self.representation.pairs(self.model)
+            except ValueError as error:
+                raise ValueError(f"representation.{error}") from None
+            if self.representation.cache_features and self.data.crop == "random":
+                raise ValueError(
+                    "representation.cache_features: expected false with data.crop 'random', since every step sees "
+                    f"another crop, got {self.representation.cache_features!r}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +433,13 @@ def _one_of(config, choices: tuple[str, ...], name: str) -> None:
     value = getattr(config, name)
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _only_where(config, name: str, takes: bool, given: str, where: str) -> None:
+    """ValueError: a field that is set beside a setting that does not take it."""
+    got = getattr(config, name)
+    if got is not None and not takes:
+        raise ValueError(f"{name}: expected None with {given} (for {where}), got {got!r}")
 
 
 def _check_drop(label_drop: float) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from biflow import checkpoint
 from biflow import data as datasets
@@ -206,6 +206,7 @@ class Alignment:
         self, config: InverseTraining, flow: TarFlow, bin_width: float | None, perceptual: Perceptual | None = None
     ):
         self.config, self.flow, self.bin_width, self.perceptual = config, flow, bin_width, perceptual
+        self.module = nn.Module()
         self.identity: dict[str, Any] = {"flow_sha256": checkpoint.fingerprint(flow)}
 
     def prepare(self, out: Path, progress: bool) -> None:
@@ -213,7 +214,14 @@ class Alignment:
             self.identity["perceptual_sha256"] = self.perceptual.prepare(out, progress=progress)
 
     def loss(
-        self, model: BiFlow, x: Tensor, y: Tensor | None, generator: torch.Generator, *, training: bool
+        self,
+        model: BiFlow,
+        x: Tensor,
+        y: Tensor | None,
+        generator: torch.Generator,
+        *,
+        training: bool,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         options = {"bin_width": self.bin_width, "training": training, "perceptual": self.perceptual}
         return alignment_loss(model, self.flow, x, y, generator, self.config, **options)

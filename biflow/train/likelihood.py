@@ -1,14 +1,19 @@
-"""Stage one: a TarFlow by maximum likelihood on noisy data (TARFlow, arXiv 2412.06329, section 3)."""
+"""Stage one: a TarFlow by maximum likelihood on noisy data (TARFlow, arXiv 2412.06329, section 3).
+
+With `representation` its features are also aligned with an encoder's (FlowBack, arXiv 2511.22345).
+"""
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from biflow import data as datasets
 from biflow.models import TarFlow
 from biflow.train.configs import FlowTraining
+from biflow.train.representation import Representation
 from biflow.train.trainer import check_data, fit
 
 
@@ -37,9 +42,14 @@ def likelihood_loss(flow: TarFlow, x: Tensor, y: Tensor | None) -> tuple[Tensor,
     loss = mean_b(|z_b|^2 / 2 - logdet_b) / (T D) + log(2 pi) / 2.
     """
     z, logdet = flow.encode(x, y)
+    return _nats(z, logdet), z
+
+
+def _nats(z: Tensor, logdet: Tensor) -> Tensor:
+    """`likelihood_loss` of an encoding."""
     dims = z[0].numel()
     square = z.to(logdet.dtype).flatten(1).square().sum(1)
-    return ((0.5 * square - logdet) / dims).mean() + 0.5 * math.log(2 * math.pi), z
+    return ((0.5 * square - logdet) / dims).mean() + 0.5 * math.log(2 * math.pi)
 
 
 class Likelihood:
@@ -47,28 +57,45 @@ class Likelihood:
 
     stage = "flow"
 
-    def __init__(self, config: FlowTraining, bin_width: float | None):
-        self.config, self.bin_width = config, bin_width
-        self.identity: dict[str, str] = {}
+    def __init__(self, config: FlowTraining, bin_width: float | None, representation: Representation | None = None):
+        self.config, self.bin_width, self.representation = config, bin_width, representation
+        self.module = nn.Module() if representation is None else representation.projectors
+        self.identity: dict[str, Any] = {}
 
     def prepare(self, out: Path, progress: bool) -> None:
-        """Nothing: the loss needs the model alone."""
+        """Without representation nothing: the loss needs the model alone."""
+        if self.representation is not None:
+            self.identity["encoder_sha256"] = self.representation.prepare(out, progress=progress)
 
     def loss(
-        self, model: TarFlow, x: Tensor, y: Tensor | None, generator: torch.Generator, *, training: bool
+        self,
+        model: TarFlow,
+        x: Tensor,
+        y: Tensor | None,
+        generator: torch.Generator,
+        *,
+        training: bool,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        noisy = add_noise(x, self.config.model.noise_std, self.bin_width, generator)
+        """`likelihood_loss`; with representation that and weight times `representation_loss`, both of them logged."""
+        noisy, terms = add_noise(x, self.config.model.noise_std, self.bin_width, generator), {}
         if training:
             y = drop_labels(y, self.config.label_drop, generator)
-        loss, z = likelihood_loss(model, noisy, y)
+        if self.representation is None:
+            loss, z = likelihood_loss(model, noisy, y)
+        else:
+            z, logdet, features = self.representation.encode(model, noisy, y)
+            nats, alignment = _nats(z, logdet), self.representation.loss(features, x, rows)
+            loss = nats + self.config.representation.weight * alignment
+            terms = {"likelihood": nats.detach(), "alignment": alignment.detach()}
         if training and self.config.model.shift_only:
             model.update_prior(z.detach())
-        return loss, {}
+        return loss, terms
 
 
 def train_flow(config: FlowTraining, out: str | Path, *, resume: bool = False, progress: bool = True) -> TarFlow:
     """Train a TarFlow; the run folder `out` gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and
-    model.safetensors.
+    model.safetensors; with a self-supervised encoder encoder.safetensors, with cached features features/.
 
     Args:
         config: the run's configuration.
@@ -81,8 +108,9 @@ def train_flow(config: FlowTraining, out: str | Path, *, resume: bool = False, p
 
     Raises:
         FileExistsError: `out` is not empty. ValueError: model and data do not fit, or `resume` with another
-        configuration. FloatingPointError: the loss is not finite; names the step. KeyboardInterrupt, SystemExit:
-        SIGINT, SIGTERM; the step was finished and a checkpoint written.
+        configuration or encoder. ImportError, FileNotFoundError: the encoder's library or weights are missing.
+        FloatingPointError: the loss is not finite; names the step. KeyboardInterrupt, SystemExit: SIGINT, SIGTERM; the
+        step was finished and a checkpoint written.
     """
     config.run.torch_device()
     data = datasets.load(config.data)
@@ -92,4 +120,6 @@ def train_flow(config: FlowTraining, out: str | Path, *, resume: bool = False, p
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = TarFlow(config.model)
-    return fit(model, Likelihood(config, data.bin_width), data, config, out, resume=resume, progress=progress)
+    representation = None if config.representation is None else Representation(config, data)
+    objective = Likelihood(config, data.bin_width, representation)
+    return fit(model, objective, data, config, out, resume=resume, progress=progress)

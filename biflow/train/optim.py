@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from biflow.train.configs import OptimConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; only the weights of linear layers are decayed."""
+def make_optimizer(model: nn.Module, config: OptimConfig, other: nn.Module | None = None) -> torch.optim.AdamW:
+    """AdamW of the model's parameters, and of those of `other`; only the weights of linear layers are decayed."""
+    model = nn.ModuleList([model] if other is None else [model, other])
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     groups = [
         {"params": [p for p in model.parameters() if id(p) in matrices], "weight_decay": config.weight_decay},

@@ -17,11 +17,13 @@ import yaml
 from tqdm import tqdm
 
 from biflow import presets
-from biflow.checkpoint import TEMPORARY, replacing, sync
 from biflow.config import completed
+from biflow.files import TEMPORARY, replacing, sync
 from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
 FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep")}
+# these do not change what a step sees
+FREE_FIELDS |= {"data.workers", "data.index", "representation.cache_features"}
 
 
 def prepare(out: Path, config: dict, resume: bool) -> None:
@@ -66,9 +68,12 @@ def check_same(found: dict, config: dict, where: str) -> None:
     """ValueError naming the first field in which the run's configuration differs from the one given."""
     old, new = flatten(found), flatten(config)
     for name in new:
-        if name not in FREE_FIELDS and old.get(name) != new.get(name):
+        had = old.get(name)
+        if name not in old:  # a group of settings where there is none now
+            had = {key: value for key, value in old.items() if key.startswith(f"{name}.")} or None
+        if name not in FREE_FIELDS and had != new[name]:
             raise ValueError(
-                f"{where}: the run to resume has {name} = {old.get(name)!r}, this configuration {new.get(name)!r}; "
+                f"{where}: the run to resume has {name} = {had!r}, this configuration {new[name]!r}; "
                 "resume with the configuration of the run, or start another one in a new folder (another --out)"
             )
 

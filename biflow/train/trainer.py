@@ -1,5 +1,6 @@
 """The training loop of both stages: steps, averaged weights, validation, logs, checkpoints, resuming bit for bit."""
 
+import contextlib
 import math
 import signal
 import sys
@@ -14,29 +15,44 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from biflow import checkpoint
-from biflow.data import ImageData
+from biflow.data import Batch, ImageData, Stream
 from biflow.train import runs
 from biflow.train.configs import FlowTraining, InverseTraining
 from biflow.train.optim import Average, DataOrder, learning_rate, make_optimizer
 
 STATE_KIND = "training state"
+OWN = "objective."  # what names of the objective's own parameters begin with in a state
 VALIDATION_SEED = 0x5EED  # its noise is the same in every validation
 
 
 class Objective(Protocol):
-    """A stage: its name, the model class's loss, and what else must not change when a run is resumed."""
+    """A stage: its name, the model class's loss, and what else must not change when a run is resumed.
+
+    module: what is trained beside the model and kept in training states only, without averaged weights; may be empty.
+    """
 
     stage: str
     identity: dict[str, Any]
+    module: nn.Module
 
     def prepare(self, out: Path, progress: bool) -> None:
         """Before the first step of a sitting, with the run's folder there: make or read what the loss needs."""
         ...
 
     def loss(
-        self, model: nn.Module, x: Tensor, y: Tensor | None, generator: torch.Generator, *, training: bool
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor | None,
+        generator: torch.Generator,
+        *,
+        training: bool,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B,C,H,W) clean, y (B,) or None -> (scalar loss, terms to log). training: drop labels, move buffers."""
+        """x (B,C,H,W) clean, y (B,) or None -> (scalar loss, terms to log). training: drop labels, move buffers.
+
+        rows: (B,) of the N training images, i of image i, N + i of it mirrored; None: held-out ones.
+        """
         ...
 
 
@@ -51,8 +67,10 @@ class Trainer:
         self.mapping = {"stage": objective.stage, **checkpoint.to_mapping(config)}
         self.model = model.to(self.device).train()
         self.average = Average(self.model, config.optim.ema)
-        self.optimizer = make_optimizer(self.model, config.optim)
+        self.own = objective.module.to(self.device).train()
+        self.optimizer = make_optimizer(self.model, config.optim, self.own)
         self.order = DataOrder(len(data.train_x), config.optim.batch_size, config.run.seed)
+        self.stream = Stream(data.train_x, self.order.indices, config.optim.steps, seed=config.run.seed)
         self.generator = torch.Generator(self.device).manual_seed(config.run.seed)
         self.step = 0
         self.seconds = 0.0
@@ -71,6 +89,7 @@ class Trainer:
         with (
             runs.delayed_signals() as signals,
             runs.Metrics(self.out, self.step, self.config.run.tensorboard) as log,
+            contextlib.closing(self.stream),
             bar,
         ):
             while self.step < steps and not signals:
@@ -83,6 +102,9 @@ class Trainer:
                 if self._due(self.config.run.checkpoint_every) or signals:
                     log.sync()
                     self.save()
+        if self.data.corrupt:
+            text = f"{len(self.data.corrupt)} corrupt images were met and replaced: {self.out / 'corrupt.txt'}"
+            tqdm.write(f"biflow: {text}", file=sys.stderr)
         if self.step == steps:
             self._save_result(self.out / "model.safetensors")
         if signals:
@@ -107,13 +129,18 @@ class Trainer:
 
         def fill(folder: Path) -> None:
             tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-            for name, parameter in self.model.named_parameters():
+            tensors |= {f"{OWN}{k}": v for k, v in self.own.state_dict().items()}
+            for name, parameter in self._parameters():
                 tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
             tensors["generator"] = self.generator.get_state()
             metadata = {"step": self.step, "seconds": self.seconds, "window": self.window, **self.objective.identity}
+            if self.data.fingerprint is not None:
+                metadata["data_sha256"] = self.data.fingerprint
             checkpoint.write(folder / "state.safetensors", STATE_KIND, tensors, self.mapping, metadata)
             checkpoint.save(self.average.model, folder / "model.safetensors", {"step": self.step})
 
+        if self.data.corrupt:
+            self.data.corrupt.write(self.out / "corrupt.txt")
         runs.write_checkpoint(self.out, self.step, fill, self.config.run.keep)
 
     def restore(self, state: checkpoint.Contents, average: nn.Module) -> None:
@@ -121,9 +148,15 @@ class Trainer:
         found = {**runs.with_defaults(state.config), **state.metadata}
         runs.check_same(found, {**self.mapping, **self.objective.identity}, str(self.out))
         tensors, metadata = state.tensors, state.metadata
+        if metadata.get("data_sha256", self.data.fingerprint) != self.data.fingerprint:
+            raise ValueError(
+                f"{self.out}: expected the images of {self.config.data.source} that the run began with, got others "
+                "(names, labels or what is left out have changed): the order of the epoch would be another"
+            )
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.own.load_state_dict({k[len(OWN) :]: v for k, v in tensors.items() if k.startswith(OWN)})
         self.average.model.load_state_dict(average.state_dict())
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
             if keys:  # a parameter that had no gradient yet has no moments
                 self.optimizer.state[parameter] = {k: tensors[f"{k}.{name}"].to(self.device) for k in keys}
@@ -137,12 +170,14 @@ class Trainer:
         chosen = torch.linspace(0, count - 1, min(count, limit), dtype=torch.float64).round().long()
         generator = torch.Generator(self.device).manual_seed(VALIDATION_SEED)
         sums: dict[str, float] = {}
-        for indices in chosen.split(self.config.optim.batch_size):
-            x, y = self._images(self.data.val_x, self.data.val_y, indices)
-            with self._autocast():
-                loss, terms = self.objective.loss(self.average.model, x, y, generator, training=False)
-            for name, value in {"loss": loss, **terms}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(indices) / len(chosen)
+        parts = chosen.split(self.config.optim.batch_size)
+        with contextlib.closing(Stream(self.data.val_x, parts.__getitem__, len(parts))) as stream:
+            for part, indices in enumerate(parts):
+                x, y = self._images(stream.read(part), self.data.val_y)
+                with self._autocast():
+                    loss, terms = self.objective.loss(self.average.model, x, y, generator, training=False)
+                for name, value in {"loss": loss, **terms}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) * len(indices) / len(chosen)
         return sums
 
     def _train_step(self) -> None:
@@ -150,16 +185,22 @@ class Trainer:
         rate = learning_rate(self.step, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        x, y = self._images(self.data.train_x, self.data.train_y, self.order.indices(self.step))
+        batch = self.stream.read(self.step)
+        x, y = self._images(batch, self.data.train_y)
+        rows = batch.indices
         if self.config.data.flip:
             turned = torch.rand(len(x), generator=self.generator, device=self.device) < 0.5
             x = torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x)
+            rows = rows.to(self.device) + len(self.data.train_x) * turned
         with self._autocast():
-            loss, terms = self.objective.loss(self.model, x, y, self.generator, training=True)
+            loss, terms = self.objective.loss(self.model, x, y, self.generator, training=True, rows=rows)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
+        parameters = [parameter for _, parameter in self._parameters()]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
         values = {"loss": float(loss.detach()), **{k: float(v) for k, v in terms.items()}, "grad_norm": float(norm)}
+        if self.data.corrupt is not None:
+            values["replaced"] = float(batch.replaced)
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
             raise FloatingPointError(
@@ -184,12 +225,17 @@ class Trainer:
             values = {k: v if math.isfinite(v) else None for k, v in self.validate().items()}
             yield {"step": self.step, "split": "val", **values, "seconds": round(self.seconds, 3)}
 
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All that is trained, by its name in a state."""
+        yield from self.model.named_parameters()
+        yield from self.own.named_parameters(OWN[:-1])
+
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.optim.steps
 
-    def _images(self, images: Any, labels: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        y = None if labels is None or not self.config.model.num_classes else labels[indices].to(self.device)
-        return images.batch(indices).to(self.device), y
+    def _images(self, batch: Batch, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        y = None if labels is None or not self.config.model.num_classes else labels[batch.indices].to(self.device)
+        return self.data.train_x.quantisation.values(batch.pixels.to(self.device)), y
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16")

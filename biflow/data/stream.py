@@ -1,0 +1,146 @@
+"""Batches in the order of the steps, decoded ahead of time by worker processes."""
+
+import collections
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from biflow.data.encoded import Decoder, EncodedImages
+from biflow.data.images import Images
+
+AHEAD = 2  # batches that a worker may be ahead
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Batch(NamedTuple):
+    """indices: (n,) int64, which images. pixels: (n,C,H,W) as stored; replaced: how many of them are corrupt."""
+
+    indices: Tensor
+    pixels: Tensor
+    replaced: int
+
+
+class Stream:
+    """Batches by step. The same bits whatever the number of workers and wherever it starts."""
+
+    def __init__(
+        self,
+        images: Images | EncodedImages,
+        indices: Callable[[int], Tensor],
+        steps: int,
+        *,
+        seed: int | None = None,
+    ):
+        """indices: step -> (n,) int64, for 0 ... steps - 1.
+
+        seed: of random crops, where `images` has them; None: the centres of the images.
+        """
+        self.images, self.indices, self.steps = images, indices, steps
+        encoded = isinstance(images, EncodedImages)
+        self.seed = seed if encoded and images.random_crop else None
+        self.workers = images.workers if encoded else 0
+        self._ready: Iterator | None = None
+        self._next = -1
+
+    def read(self, step: int) -> Batch:
+        """The batch of a step; steps that follow each other are decoded ahead. Errors as `Decoder.decode`."""
+        images = self.images
+        if not isinstance(images, EncodedImages):
+            indices = self.indices(step)
+            return Batch(indices, images.pixels[indices], 0)
+        if not self.workers or (self._ready is None and images.held):
+            indices = self.indices(step)
+            missing = images.missing(indices)
+            found = images.decoder.decode(*self._task(step, missing))
+        else:
+            if self._ready is None or step != self._next:
+                self._start(step)
+            found = next(self._ready)
+            if isinstance(found, Exception):
+                self.close()
+                raise found
+            indices, missing = self._planned.popleft()
+            self._next = step + 1
+        return Batch(indices, images.complete(indices, missing, *found), images.replaced(indices))
+
+    def close(self) -> None:
+        """End the workers."""
+        self._ready = None
+
+    def _task(self, step: int, missing: Tensor) -> tuple[list[int], int, int | None]:
+        return missing.tolist(), self.seed or 0, None if self.seed is None else step
+
+    def _plan(self, start: int) -> Iterator[tuple[list[int], int, int | None]]:
+        for step in range(start, self.steps):
+            indices = self.indices(step)
+            missing = self.images.missing(indices)  # what is held in memory now still is when the others come
+            self._planned.append((indices, missing))
+            yield self._task(step, missing)
+
+    def _start(self, step: int) -> None:
+        self._ready = None
+        self._planned: collections.deque[tuple[Tensor, Tensor]] = collections.deque()
+        loader = DataLoader(
+            _Tasks(self.images.decoder),
+            batch_size=None,
+            sampler=_Sampler(self._plan(step)),
+            num_workers=self.workers,
+            prefetch_factor=AHEAD,
+            collate_fn=_same,
+            worker_init_fn=_obey_the_parent,
+            generator=torch.Generator(),  # or else it draws from torch's global one
+        )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # the workers inherit it
+        try:
+            self._ready = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Tasks(Dataset):
+    """A dataset whose items are what `Decoder.decode` makes of the arguments that stand in the place of an index."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+
+    def __getitem__(self, task: tuple[list[int], int, int | None]) -> tuple[Tensor, list[tuple[int, str]]] | Exception:
+        try:
+            return self.decoder.decode(*task)
+        except (ValueError, OSError) as error:
+            return error  # raised where the batch is used, as without workers
+
+
+class _Sampler:
+    def __init__(self, tasks: Iterator):
+        self.tasks = tasks
+
+    def __iter__(self) -> Iterator:
+        return self.tasks
+
+
+def _same(item: object) -> object:
+    return item
+
+
+def _obey_the_parent(worker: int) -> None:
+    """What stops a run is sent to all its processes; the step in progress still needs its images.
+
+    SIGINT is ignored. SIGTERM, which the parent ends a worker with that it does not need any more, counts from it only.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    threading.Thread(target=_await_the_parent, daemon=True).start()
+
+
+def _await_the_parent() -> None:
+    parent = multiprocessing.parent_process().pid  # os.getppid() is another where a server forks the workers
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+        pass
+    os._exit(0)
