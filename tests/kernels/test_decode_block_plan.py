@@ -1,11 +1,16 @@
 """How decode_block is divided on GPUs that need not be there: `decode_plan` for flows and batches that matter."""
 
 import pytest
+import torch
+from blocks import random_weights
 
 from benchmarks.flows import CONFIGS, LARGE
+from benchmarks.gpu.sweep import decode_plans
 from biflow.models import TarFlowConfig
+from biflow.ops import BlockConfig
 
 from .backends import NAMES, get
+from .test_decode_block import Call
 
 # multiprocessors, bytes of shared memory a block may have, cooperative launches
 MACHINES = {
@@ -79,3 +84,17 @@ def test_wide_tokens_leave_less_room(plan_of):
     """Rows are not normalised in place then; too wide tokens are told by `gpu_plan`."""
     assert plan_of("H200", channels=768)["shared"] <= MACHINES["H200"][1]
     assert plan_of("L4", channels=768)["shared"] > MACHINES["L4"][1]
+
+
+@pytest.mark.parametrize("batch", [1, 9, 65])
+def test_plans_of_the_sweep_are_taken(request, batch):
+    """Each is launched; what they compute, test_decode_block.py says."""
+    backend = get("forward", request.config.getoption("--emulator"))
+    sizes = dict(tokens=2, channels=3, width=16, layers=1, head_dim=8, mlp_hidden=16)
+    config = BlockConfig(**sizes)
+    call = Call(backend, config, random_weights(config), "bf16", {})
+    z = torch.randn(batch, 2, 3, generator=torch.Generator().manual_seed(0))
+    plans = list(decode_plans(call.buffers(z, [])[0], batch, 6))
+    assert len(plans) > 10
+    assert {plan[1] for plan in plans} >= ({1} if batch < 17 else {1, 2, 4})
+    assert all(call(z, plan).isfinite().all() for plan in plans)
