@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ml_tarflow_checkout import CHECKOUT
-from tiny import make_flow, noise
+from tiny import make_flow, make_reverse, noise
 from tiny_training import write_images
 
 import biflow
@@ -17,8 +17,8 @@ from biflow import cli, solvers
 from biflow.cli import tools
 from biflow.models.layers import patchify
 
-NAMES = ("bench_decode", "bench_decode_block", "bench_encode", "bench_pseudo_reverse", "bench_training",
-         "calibrated", "flows", "limits", "timing", "peers.compiled", "peers.ml_tarflow")  # fmt: skip
+NAMES = ("bench_decode", "bench_decode_block", "bench_encode", "bench_pseudo_reverse", "bench_sampling",
+         "bench_training", "calibrated", "flows", "limits", "timing", "peers.compiled", "peers.ml_tarflow")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -479,3 +479,21 @@ def test_pseudo_reverse_against_token_by_token(b, monkeypatch):
     monkeypatch.setattr(bench.Task, "reverse", lambda t, w: reverse(t, "cached" if w == "live" else w))
     with pytest.raises(RuntimeError, match=r"live: the gradient is .* from that of the sequential reverse"):
         bench.run(quick=True, sides=[4], batches=[2])
+
+
+def test_sampling_of_two_models(b, tmp_path, monkeypatch):
+    flow = make_flow(num_classes=3, noise_std=0.1)
+    inverse = make_reverse(num_classes=3, max_guidance=2.0, guidance_tokens=1)
+    files = {"flow": [str(tmp_path / "flow.safetensors")], "inverse": [str(tmp_path / "inverse.safetensors")]}
+    biflow.save(flow, files["flow"][0])
+    biflow.save(inverse, files["inverse"][0])
+    rows = b.bench_sampling.run(quick=True, **files, batches=[1, 2])
+    assert [(row["batch"], row["way"]) for row in rows[::7]] == [(1, "learned fp32"), (2, "learned fp32")]
+    assert len(rows) == 14
+    assert all(row["ms_image"] > 0 for row in rows)
+    assert rows[0]["x_learned"] == 1.0
+    monkeypatch.setattr(b.bench_sampling, "eager_decode", lambda flow, z, y, **_: torch.ones(len(z), 1, 4, 4))
+    with pytest.raises(RuntimeError, match="nothing timed"):
+        b.bench_sampling.run(quick=True, **files, batches=[1])
+    with pytest.raises(SystemExit, match="expected --flow and --inverse"):
+        b.bench_sampling.run(quick=True)
