@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import data_sets
 import every_image
@@ -14,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import biflow
 from biflow import data as datasets
 from biflow import files
 from biflow.data import DataConfig, Stream, encoded
@@ -226,10 +229,29 @@ def test_workers_ignore_what_stops_a_run(start_method, tmp_path, monkeypatch):
     for step in range(1, 40):
         stream.read(step)
     assert worker.is_alive()
-    worker.terminate()  # as it is ended when Python exits, whatever still refers to the stream
+    datasets.stream._close_all()  # when Python exits
     worker.join(20)
     assert not worker.is_alive()
-    stream.close()
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_stream_that_nobody_closed_ends_with_python(method, tmp_path):
+    """Also where libraries have threads that block no signal."""
+    script = (
+        "import multiprocessing, sys\n"
+        "from biflow.data import DataConfig, Stream, load\n"
+        "from biflow.train.optim import DataOrder\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method(sys.argv[1])\n"
+        "    data = load(DataConfig(source=sys.argv[2], img_size=8, val_fraction=0.0, workers=1))\n"
+        "    stream = Stream(data.train_x, DataOrder(60, 16, seed=0).indices, 100)\n"
+        "    kept = [stream, stream.read(0)]\n"
+        "    kept.append(kept)\n"
+    )
+    (tmp_path / "leave.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(biflow.__file__).parents[1])}
+    words = [sys.executable, str(tmp_path / "leave.py"), method, str(folder(tmp_path, corrupt=()))]
+    subprocess.run(words, check=True, timeout=120, env=environment)
 
 
 def test_the_global_generator_is_left_alone(tmp_path):

@@ -1,10 +1,9 @@
 """Batches in the order of the steps, decoded ahead of time by worker processes."""
 
+import atexit
 import collections
-import multiprocessing
-import os
 import signal
-import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from biflow.data.images import Images
 
 AHEAD = 2  # batches that a worker may be ahead
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+_started: weakref.WeakSet = weakref.WeakSet()  # streams that have had workers
 
 
 class Batch(NamedTuple):
@@ -94,12 +94,13 @@ class Stream:
             num_workers=self.workers,
             prefetch_factor=AHEAD,
             collate_fn=_same,
-            worker_init_fn=_obey_the_parent,
+            worker_init_fn=_ignore_what_stops_a_run,
             generator=torch.Generator(),  # or else it draws from torch's global one
         )
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # the workers inherit it
         try:
             self._ready = iter(loader)
+            _started.add(self)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -129,18 +130,18 @@ def _same(item: object) -> object:
     return item
 
 
-def _obey_the_parent(worker: int) -> None:
-    """What stops a run is sent to all its processes; the step in progress still needs its images.
+def _ignore_what_stops_a_run(worker: int) -> None:
+    """SIGINT and SIGTERM are sent to all processes of a run; the step in progress still needs its images.
 
-    SIGINT is ignored. SIGTERM, which the parent ends a worker with that it does not need any more, counts from it only.
+    Ignored, not blocked: a thread that a library started before would take what others block.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    threading.Thread(target=_await_the_parent, daemon=True).start()
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
-def _await_the_parent() -> None:
-    parent = multiprocessing.parent_process().pid  # os.getppid() is another where a server forks the workers
-    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
-        pass
-    os._exit(0)
+@atexit.register
+def _close_all() -> None:
+    """Whatever still refers to a stream: else Python would end its workers by SIGTERM, and wait."""
+    for stream in list(_started):
+        stream.close()

@@ -77,9 +77,9 @@ DecodePlan decode_plan(const DecodeBlockParams& p, const DecodeMachine& machine)
   DecodePlan plan;
   plan.persistent = machine.cooperative;
   plan.row_tiles = rows <= kRowsOfOneTile ? 1 : rows <= kRowsOfTwo ? 2 : 4;
-  plan.norm_in_place = plan.row_tiles == 1;
   const auto fits = [&] { return decode_shared_bytes(p, plan) <= machine.shared; };
   while (plan.row_tiles > 1 && !fits()) plan.row_tiles /= 2;
+  plan.norm_in_place = plan.row_tiles == 1 && rows <= kRowsOfOneTile;
   if (!fits()) plan.norm_in_place = false;
   const int64_t groups = divide_up(rows, kRowTile * plan.row_tiles);
   // more blocks than the widest product has columns for would only make the barriers slower

@@ -101,7 +101,7 @@ class StepAttention {
         const bool counts = inside_ && token < cached_end;
         const int64_t at = static_cast<int64_t>(counts ? token : begin) * s_.head_stride + (inside_ ? channel_ : 0);
         to.k[i] = Words::load(cached + at);
-        to.v[i] = Words::load(cached + half + at);
+        to.v[i] = Words::load(cached + half + at);  // of weight 0 where it does not count; `begin` does
       }
     };
     const auto use = [&](const float (&q)[8], const Round& round, int first) {

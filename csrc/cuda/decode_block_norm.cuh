@@ -27,9 +27,13 @@ class RowNorm {
   BIFLOW_DEVICE void apply(const float* x, Store&& store) const {
     const int lane = threadIdx.x % 32;
     float kept[kKept][4] = {};
+    float4 w[kKept] = {}, b[kKept] = {};  // all are on their way at once: one round trip, not one after another
 #pragma unroll
-    for (int i = 0; i < kKept; ++i)
-      if (channel(lane, i) < s_.x_stride) load4(kept[i], x + channel(lane, i));
+    for (int i = 0; i < kKept; ++i) {
+      if (channel(lane, i) >= s_.x_stride) continue;
+      load4(kept[i], x + channel(lane, i));
+      w[i] = weight(channel(lane, i)), b[i] = bias(channel(lane, i));
+    }
     const auto each = [&](auto&& take) {
 #pragma unroll
       for (int i = 0; i < kKept; ++i)
@@ -40,10 +44,11 @@ class RowNorm {
         take(channel(lane, i), v);
       }
     };
+    const float share = 1.0f / static_cast<float>(s_.width);
     float mean = 0, squares = 0;
     if (!s_.rmsnorm) {
       each([&](int, const float (&v)[4]) { mean += (v[0] + v[1]) + (v[2] + v[3]); });  // what is padded is zero
-      mean = over_warp(mean) / static_cast<float>(s_.width);
+      mean = over_warp(mean) * share;
     }
     each([&](int c, const float (&v)[4]) {
 #pragma unroll
@@ -52,19 +57,30 @@ class RowNorm {
         squares += apart * apart;
       }
     });
-    const float scale = rsqrtf(over_warp(squares) / static_cast<float>(s_.width) + (s_.rmsnorm ? 1e-6f : 1e-5f));
-    each([&](int c, const float (&v)[4]) {
-      const float4 w = __ldg(reinterpret_cast<const float4*>(weight_ + c));
-      float4 b = {0, 0, 0, 0};
-      if (bias_ != nullptr) b = __ldg(reinterpret_cast<const float4*>(bias_ + c));
+    const float scale = rsqrtf(over_warp(squares) * share + (s_.rmsnorm ? 1e-6f : 1e-5f));
+    const auto put = [&](int c, const float (&v)[4], const float4& w, const float4& b) {
       const float y[4] = {(v[0] - mean) * scale * w.x + b.x, (v[1] - mean) * scale * w.y + b.y,
                           (v[2] - mean) * scale * w.z + b.z, (v[3] - mean) * scale * w.w + b.w};
-      store(c, y);  // weight and bias are zero where x is padded
-    });
+      store(c, y);
+    };
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+      if (channel(lane, i) < s_.x_stride) put(channel(lane, i), kept[i], w[i], b[i]);
+    for (int i = kKept; channel(lane, i) < s_.x_stride; ++i) {
+      float v[4];
+      load4(v, x + channel(lane, i));
+      put(channel(lane, i), v, weight(channel(lane, i)), bias(channel(lane, i)));
+    }
   }
 
  private:
   BIFLOW_DEVICE static int channel(int lane, int i) { return 4 * (lane + 32 * i); }
+
+  // Of four channels; zero where x is padded.
+  BIFLOW_DEVICE float4 weight(int c) const { return __ldg(reinterpret_cast<const float4*>(weight_ + c)); }
+  BIFLOW_DEVICE float4 bias(int c) const {
+    return bias_ == nullptr ? float4{0, 0, 0, 0} : __ldg(reinterpret_cast<const float4*>(bias_ + c));
+  }
 
   BIFLOW_DEVICE static float over_warp(float v) {
 #pragma unroll

@@ -17,7 +17,8 @@ template <class Act, int kRowTiles>
 class StepProducts {
   static constexpr bool kBf16 = sizeof(Act) == 2;
   static constexpr int kRows = kRowTile * kRowTiles;
-  // Blocks of inputs of a warp whose activations are loaded together; on tensor cores twice as many are under way.
+  // Blocks of inputs of a warp whose activations are loaded together; from global memory to tensor cores, twice as many
+  // are under way.
   static constexpr int kChunk = kRowTiles == 1 ? 3 : kRowTiles == 2 ? 2 : 1, kChunkFp32 = 4 / kRowTiles;
 
  public:
@@ -68,16 +69,16 @@ class StepProducts {
 #pragma unroll
       for (int i = 0; i < results(kTensor); ++i) more[i] = what_comes_to(at, linear, result(linear, first, i));
       if (first == owner_)
-        staged = stage(at, linear);
+        staged = stage<kTensor>(at, linear);
       else
         __syncthreads();  // the sums before are read
       const int count = tiles_of_group(linear, first, s_.owners, kTiles);
-      if (staged)
-        multiply<true>(Tensor(), at, linear, count);
-      else
-        multiply<false>(Tensor(), at, linear, count);
+      bool multiplied = false;
+      if constexpr (!kTensor || kRowTiles == 1) {  // others are not staged
+        if (staged) multiply<true>(Tensor(), at, linear, count), multiplied = true;
+      }
+      if (!multiplied) multiply<false>(Tensor(), at, linear, count);
       __syncthreads();
-      const int warps = linear.blocks < kDecodeWarps ? linear.blocks : kDecodeWarps;
 #pragma unroll
       for (int i = 0; i < results(kTensor); ++i) {
         const Result r = result(linear, first, i);
@@ -85,7 +86,6 @@ class StepProducts {
         float2 v = more[i].sum();
 #pragma unroll
         for (int warp = 0; warp < kDecodeWarps; ++warp) {
-          if (warp >= warps) break;
           const float2 part = *reinterpret_cast<const float2*>(
               sums_ + sum_place<kTensor>(warp, 2 * (threadIdx.x + i * kDecodeThreads)));
           v.x += part.x, v.y += part.y;
@@ -116,7 +116,7 @@ class StepProducts {
   // Rows that do not exist are read from one that does: no result depends on another row.
   BIFLOW_DEVICE int existing(int row) const { return row < rows_here_ ? row : 0; }
 
-  // Where in it this lane's 16 bytes of a block of inputs are: of rows 16 m + 8 half + g.
+  // Offsets of the rows 16 m + 8 half + g, at this lane's 16 bytes of a block of inputs.
   struct Lane {
     uint32_t at[kRowTiles][2];
   };
@@ -138,19 +138,19 @@ class StepProducts {
 
   // Some products find their rows in shared memory: what normalises them, joins or makes them has put them there, as
   // rows_[block of inputs][row][16 bytes]. Returns whether this is one; then all threads see the rows.
+  template <bool kTensor>
   BIFLOW_DEVICE bool stage(const DecodePlace& at, const DecodeLinear& linear) {
-    if (at.phase == DecodePhase::embed) {
-      stage_tokens(at, linear);
-    } else if (kRowTiles == 1 && s_.plan.norm_in_place &&
-               (at.phase == DecodePhase::qkv || at.phase == DecodePhase::fc1)) {
-      stage_norm(at);
-    } else if (kRowTiles == 1 && s_.plan.splits > 1 && at.phase == DecodePhase::proj) {
-      stage_splits(linear);
-    } else {
-      return false;
+    bool staged = false;
+    if constexpr (!kTensor) {
+      if (at.phase == DecodePhase::embed) stage_tokens(at, linear), staged = true;
     }
-    __syncthreads();
-    return true;
+    if constexpr (kRowTiles == 1 && kTensor == kBf16) {  // products of layers
+      const bool normed = at.phase == DecodePhase::qkv || at.phase == DecodePhase::fc1;
+      if (normed && s_.plan.norm_in_place) stage_norm(at), staged = true;
+      if (at.phase == DecodePhase::proj && s_.plan.splits > 1) stage_splits(linear), staged = true;
+    }
+    if (staged) __syncthreads();
+    return staged;
   }
   BIFLOW_DEVICE float4& staged_piece(int block, int row, int piece) const {
     return rows_[(block * kRows + row) * 4 + piece];
@@ -320,6 +320,7 @@ class StepProducts {
     };
     const auto use = [&](const Chunk& chunk, int base) {
       constexpr int kBetween = kAtOnce / kTiles;  // blocks that are used before their weights' places are filled
+      static_assert(kBetween >= 1 && kBetween * kTiles <= kAtOnce && kAtOnce < kRing);
 #pragma unroll
       for (int c = 0; c < kLoads; ++c) {
         if (base + c * kDecodeWarps >= linear.blocks) break;
@@ -354,7 +355,6 @@ class StepProducts {
         use(odd, base + kStep);
       }
     }
-    if (warp_ >= linear.blocks) return;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
@@ -413,7 +413,6 @@ class StepProducts {
         }
       }
     }
-    if (warp_ >= linear.blocks) return;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll

@@ -112,6 +112,7 @@ struct DecodeState {
 
   // The products of a step in order: proj_in, of every layer qkv, proj, fc1 and fc2, proj_out.
   BIFLOW_HOST_DEVICE int products() const { return 4 * layers + 2; }
+  // The place is one of a product.
   BIFLOW_HOST_DEVICE int product_of(const DecodePlace& at) const {
     switch (at.phase) {
       case DecodePhase::embed:
@@ -166,21 +167,21 @@ struct DecodeShared {
   size_t linears;  // the products of a step
   size_t ring;     // weights under way
   size_t sums;     // of a product, or what attention's warps exchange
-  size_t rows;     // activations: of four row tiles and blocks of inputs a warp, whole rows, or tokens
+  size_t rows;     // activations: whole rows, tokens, or what each warp multiplies next
 
   BIFLOW_HOST_DEVICE size_t all() const { return linears + ring + sums + rows; }
 };
 
 BIFLOW_HOST_DEVICE DecodeShared decode_shared(const DecodePlan& plan, bool bf16, int width, int layers, int channels) {
   const int tiles = bf16 ? (plan.row_tiles == 4 ? 8 : 4 * plan.row_tiles) : 4;  // of columns and rows
-  const int depth = kFragmentBytes / (bf16 ? 2 : 4);
   const auto largest = [](size_t a, size_t b) { return a > b ? a : b; };
   const size_t ring = static_cast<size_t>(kRing) * kDecodeThreads * 16;
   const size_t sums = sizeof(float) * kDecodeWarps * tiles * kRowTile * kFragmentColumns;
   const size_t exchange = sizeof(float) * 2 * kDecodeWarps * (kMaxHead + 2);
   const size_t rows = static_cast<size_t>(kDecodeWarps) * 4 * kRowTile * kFragmentBytes;
+  // with all that is padded: a norm writes that, too
   const size_t whole =
-      stages_rows(plan) ? static_cast<size_t>(kRowTile) * kFragmentBytes * ((width + depth - 1) / depth) : 0;
+      stages_rows(plan) ? static_cast<size_t>(kRowTile) * round_up(width, kVectorPad) * (bf16 ? 2 : 4) : 0;
   const size_t tokens = sizeof(float) * kRowTile * plan.row_tiles * ((channels + 15) / 16 * 16);
   const size_t linears = sizeof(DecodeLinear) * (4 * static_cast<size_t>(layers) + 2);
   return {(linears + 15) / 16 * 16, ring, largest(sums, exchange), largest(largest(rows, whole), tokens)};

@@ -180,6 +180,14 @@ def test_wide_rows(backend, norm, precision, leave_out):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_whose_padding_is_a_block_of_inputs(backend, precision):
+    """A norm in place writes it, too: within shared memory, which has room for no more than the rows."""
+    config = BlockConfig(**{**BASE, "tokens": 2, "width": 528, "head_dim": 176, "mlp_hidden": 8, "layers": 1})
+    z = torch.randn(1, 2, BASE["channels"], generator=torch.Generator().manual_seed(0))
+    check(Call(backend, config, random_weights(config), precision, {}), z, ONE)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_bits_do_not_depend_on_rows_and_blocks(backend, precision, leave_out):
     """Nor on how it is launched, nor on the samples beside one, nor on the run."""
     if backend.name in ("reverse", "random"):
