@@ -7,7 +7,7 @@ import signal
 import kill_resume
 import pytest
 import torch
-from tiny_training import changed, flow_config, inverse_config, random_flow, same_weights, write_images
+from tiny_training import changed, flow_config, interrupted, inverse_config, random_flow, same_weights, write_images
 
 import biflow
 from biflow import checkpoint, train
@@ -27,21 +27,6 @@ def finished(images, tmp_path_factory):
     return config, out, train.train_flow(config, out, progress=False)
 
 
-def interrupted(finished, tmp_path, step):
-    """A copy of the finished run as a kill after `step`'s checkpoint leaves it: later lines, no later checkpoint."""
-    out = tmp_path / "copy"
-    shutil.copytree(finished[1], out)
-    (out / "model.safetensors").unlink()
-    for folder in runs.checkpoints(out):
-        if int(folder.name[5:]) > step:
-            shutil.rmtree(folder)
-    return out
-
-
-def lines(out):
-    return kill_resume.metrics(out)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", kill_resume.STAGES)
 def test_kill_9_at_random_moments_loses_nothing(stage, tmp_path):
@@ -50,17 +35,17 @@ def test_kill_9_at_random_moments_loses_nothing(stage, tmp_path):
 
 def test_resume_continues_within_an_epoch_bit_for_bit(finished, tmp_path):
     config, _, model = finished
-    out = interrupted(finished, tmp_path, 10)  # 16 images a step, 54 to train on: in the middle of the third epoch
+    out = interrupted(finished[1], tmp_path, 10)  # 16 images a step, 54 to train on: in the middle of the third epoch
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "split": "tra')  # and of a line
     resumed = train.train_flow(config, out, resume=True, progress=False)
     assert same_weights(resumed, model)
     assert kill_resume.raw_state(out, 20) == kill_resume.raw_state(finished[1], 20)
-    assert lines(out) == lines(finished[1])  # no line twice, none missing
+    assert kill_resume.metrics(out) == kill_resume.metrics(finished[1])  # no line twice, none missing
 
 
 def test_leftovers_of_a_kill_are_removed(finished, tmp_path):
-    out = interrupted(finished, tmp_path, 10)
+    out = interrupted(finished[1], tmp_path, 10)
     (out / ".tmp-model.safetensors-00000000").write_bytes(b"half a file")
     (out / "checkpoints" / ".tmp-step_00000015-00000000").mkdir()
     (out / "checkpoints" / ".tmp-step_00000015-00000000" / "state.safetensors").write_bytes(b"half a file")
@@ -70,7 +55,7 @@ def test_leftovers_of_a_kill_are_removed(finished, tmp_path):
 
 @pytest.mark.parametrize("damage", ["flipped state", "cut model", "state missing"])
 def test_a_damaged_checkpoint_is_passed_over(damage, finished, tmp_path, capsys):
-    out = interrupted(finished, tmp_path, 15)
+    out = interrupted(finished[1], tmp_path, 15)
     newest = runs.checkpoints(out)[0]
     state, model = newest / "state.safetensors", newest / "model.safetensors"
     if damage == "flipped state":
@@ -84,21 +69,21 @@ def test_a_damaged_checkpoint_is_passed_over(damage, finished, tmp_path, capsys)
     resumed = train.train_flow(finished[0], out, resume=True, progress=False)
     assert "continuing from step 10, an older checkpoint" in capsys.readouterr().err
     assert same_weights(resumed, finished[2])
-    assert lines(out) == lines(finished[1])
+    assert kill_resume.metrics(out) == kill_resume.metrics(finished[1])
     biflow.load(newest / "model.safetensors")  # written again
 
 
 def test_no_readable_checkpoint_is_an_error(finished, tmp_path):
-    out = interrupted(finished, tmp_path, 5)
+    out = interrupted(finished[1], tmp_path, 5)
     (runs.checkpoints(out)[0] / "state.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no checkpoint of the run can be read: .*state\.safetensors"):
         train.train_flow(finished[0], out, resume=True, progress=False)
 
 
 def test_resume_before_the_first_checkpoint_starts_from_the_beginning(finished, tmp_path):
-    out = interrupted(finished, tmp_path, 0)
+    out = interrupted(finished[1], tmp_path, 0)
     assert same_weights(train.train_flow(finished[0], out, resume=True, progress=False), finished[2])
-    assert lines(out) == lines(finished[1])
+    assert kill_resume.metrics(out) == kill_resume.metrics(finished[1])
     fresh = tmp_path / "fresh"  # nor does the folder have to exist
     assert same_weights(train.train_flow(finished[0], fresh, resume=True, progress=False), finished[2])
 
@@ -109,7 +94,7 @@ def test_resuming_a_finished_run_returns_its_model(finished, tmp_path):
     (out / "model.safetensors").unlink()  # killed between the last checkpoint and this file
     assert same_weights(train.train_flow(finished[0], out, resume=True, progress=False), finished[2])
     assert same_weights(biflow.load(out / "model.safetensors"), finished[2])
-    assert lines(out) == lines(finished[1])
+    assert kill_resume.metrics(out) == kill_resume.metrics(finished[1])
 
 
 def test_a_run_is_never_overwritten(finished, images, tmp_path):
@@ -133,14 +118,14 @@ def test_a_run_is_never_overwritten(finished, images, tmp_path):
     ids=lambda v: str(v)[:20],
 )
 def test_another_configuration_is_refused_by_its_first_difference(group, fields, reason, finished, tmp_path):
-    out = interrupted(finished, tmp_path, 10)
+    out = interrupted(finished[1], tmp_path, 10)
     with pytest.raises(ValueError, match=reason):
         train.train_flow(changed(finished[0], group, **fields), out, resume=True, progress=False)
     assert len(runs.checkpoints(out)) == 2
 
 
 def test_how_often_things_are_written_may_change(finished, tmp_path):
-    out = interrupted(finished, tmp_path, 10)
+    out = interrupted(finished[1], tmp_path, 10)
     config = changed(finished[0], "run", checkpoint_every=2, log_every=3, validate_every=7, keep=1)
     assert same_weights(train.train_flow(config, out, resume=True, progress=False), finished[2])
     assert [p.name for p in runs.checkpoints(out)] == ["step_00000020"]
@@ -177,7 +162,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(number, kind, finish
     assert runs.checkpoints(tmp_path / "run")[0].name == "step_00000007"
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert same_weights(train.train_flow(finished[0], tmp_path / "run", resume=True, progress=False), finished[2])
-    assert lines(tmp_path / "run") == lines(finished[1])
+    assert kill_resume.metrics(tmp_path / "run") == kill_resume.metrics(finished[1])
 
 
 def test_the_state_file_is_checked_like_a_model(finished):

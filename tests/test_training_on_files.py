@@ -5,16 +5,17 @@ import json
 import shutil
 
 import data_sets
+import kill_resume
 import numpy as np
 import pytest
 import torch
 from tiny_representation import aligned
-from tiny_training import changed, flow_config, same_weights
+from tiny_training import changed, flow_config, interrupted, same_weights
 
 from biflow import cli, train
 from biflow import data as datasets
 from biflow.data import encoded
-from biflow.train import optim, runs, trainer
+from biflow.train import optim, trainer
 
 CORRUPT = (4, 17, 31)
 
@@ -44,31 +45,16 @@ def finished(tmp_path_factory):
     return config, out, train.train_flow(config, out, progress=False)
 
 
-def interrupted(finished, tmp_path, step):
-    out = tmp_path / "copy"
-    shutil.copytree(finished[1], out)
-    (out / "model.safetensors").unlink()
-    for folder in runs.checkpoints(out):
-        if int(folder.name[5:]) > step:
-            shutil.rmtree(folder)
-    return out
-
-
-def lines(out):
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in found]
-
-
 def with_workers(config, workers):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers))
 
 
 @pytest.mark.parametrize(("step", "workers"), [(10, 2), (0, 2), (15, 0)])
 def test_resuming_within_an_epoch_changes_no_bit(step, workers, finished, tmp_path, capsys):
-    out = interrupted(finished, tmp_path, step)
+    out = interrupted(finished[1], tmp_path, step)
     resumed = train.train_flow(with_workers(finished[0], workers), out, resume=True, progress=False)
     assert same_weights(resumed, finished[2])
-    assert lines(out) == lines(finished[1])
+    assert kill_resume.metrics(out) == kill_resume.metrics(finished[1])
 
 
 def test_corrupt_images_are_told_of_counted_and_listed(finished, tmp_path, capsys):
@@ -84,7 +70,7 @@ def test_corrupt_images_are_told_of_counted_and_listed(finished, tmp_path, capsy
     want = [
         float(sum(bad[order.indices(step)].sum() for step in range(start, start + 5))) / 5 for start in (0, 5, 10, 15)
     ]
-    assert [line["replaced"] for line in lines(out) if line["split"] == "train"] == pytest.approx(want)
+    assert [line["replaced"] for line in kill_resume.metrics(out) if line["split"] == "train"] == pytest.approx(want)
     without = dataclasses.replace(config, data=dataclasses.replace(config.data, exclude=str(out / "corrupt.txt")))
     train.train_flow(without, tmp_path / "again", progress=False)
     assert "3 images are left out" in capsys.readouterr().err
@@ -126,7 +112,7 @@ def test_cached_features_of_encoded_images_change_no_bit(finished, tmp_path):
         config = with_workers(changed(plain, "representation", cache_features=str(folder)), workers)
         found = train.train_flow(config, tmp_path / f"cached{workers}", progress=False)
         assert same_weights(found, want)
-        assert lines(tmp_path / f"cached{workers}")[-1] == lines(tmp_path / "plain")[-1]
+        assert kill_resume.metrics(tmp_path / f"cached{workers}")[-1] == kill_resume.metrics(tmp_path / "plain")[-1]
     assert len(list(folder.iterdir())) == 1
     (path / "class0" / "000000.png").write_bytes((path / "class0" / "000002.png").read_bytes())
     train.train_flow(config, tmp_path / "changed", progress=False)

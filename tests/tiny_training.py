@@ -1,13 +1,14 @@
 """Training runs of a second or two, shared by the tests of training and resuming."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import torch
 
 import biflow
 from biflow.data import DataConfig
-from biflow.train import FlowTraining, InverseTraining, OptimConfig, RunConfig
+from biflow.train import FlowTraining, InverseTraining, OptimConfig, RunConfig, runs
 
 
 def write_images(path, count=60):
@@ -59,6 +60,17 @@ def random_flow(config):
 def changed(config, group, **fields):
     """`config` with some fields of one group replaced."""
     return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **fields)})
+
+
+def interrupted(out, tmp_path, step):
+    """A copy of a finished run as a kill after `step`'s checkpoint leaves it: later lines, no later checkpoint."""
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    (copy / "model.safetensors").unlink()
+    for folder in runs.checkpoints(copy):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    return copy
 
 
 def same_weights(a, b):

@@ -1,5 +1,5 @@
-// Three numbers that decide how the sequential inverse is built: the time of a barrier over all blocks, in each of its
-// forms, and the rate at which all multiprocessors together read a set of weights again and again (is it in the L2?).
+// What decides how the sequential inverse is built: the time of a barrier over all blocks, ours and cooperative
+// groups', and the rate at which all multiprocessors together read a set of weights again and again (is it in the L2?).
 // Prints one JSON object a line.
 #include <cstdio>
 #include <vector>
@@ -13,9 +13,8 @@ using biflow::arch::GridBarrier;
 
 constexpr int kThreads = 256;
 
-template <bool kFlag>
 __global__ void barriers(GridBarrier* barrier, int count) {
-  for (int i = 0; i < count; ++i) biflow::arch::grid_barrier<kFlag>(barrier, i + 1);
+  for (int i = 0; i < count; ++i) biflow::arch::grid_barrier(barrier, i + 1);
 }
 
 __global__ void grid_syncs(int count) {
@@ -93,14 +92,13 @@ int main() {
     good = finish(many, few, print) && good;
   };
   constexpr int kCount = 10000;
-  const auto timed = [&](auto kernel, int count) {
+  const auto ours = [&](int count) {
     return seconds([&] {
       cudaMemsetAsync(barrier, 0, sizeof(GridBarrier));
-      return arch::launch_cooperative(kernel, dim3(blocks), dim3(kThreads), 0, nullptr, barrier, count);
+      return arch::launch_cooperative(barriers, dim3(blocks), dim3(kThreads), 0, nullptr, barrier, count);
     });
   };
-  report("release flag", kCount, timed(barriers<true>, kCount), timed(barriers<true>, 1));
-  report("polled", kCount, timed(barriers<false>, kCount), timed(barriers<false>, 1));
+  report("ours", kCount, ours(kCount), ours(1));
   const auto syncs = [&](int count) {
     return seconds(
         [&] { return arch::launch_cooperative(grid_syncs, dim3(blocks), dim3(kThreads), 0, nullptr, count); });

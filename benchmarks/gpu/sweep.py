@@ -95,8 +95,10 @@ def attentions(timer: Timer, case: tuple) -> list[dict]:
 
         calls[str(plan)] = Call(call)
 
-    def check(got: object) -> float:
-        return ((got.transpose(1, 2).double() if got.shape != want.shape else got.double()) - want).norm().item()
+    def check(got: Tensor) -> float:
+        """got: (B,H,T,d) as the op returns it, or (B,T,H,d) as its kernel does."""
+        got = got.double() if got.shape == want.shape else got.transpose(1, 2).double()
+        return ((got - want).norm() / want.norm()).item()
 
     times = timer(calls, cold=q.numel() * 8 > 30e6, seconds=3.0, check=check)
     for plan in plans:

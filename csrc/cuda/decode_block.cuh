@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     if (!s.is_run(at)) continue;
     run_phase<Act>(s, products, at);
     if (!all || s.is_last(at)) return;
-    arch::grid_barrier<false>(s.barrier, ++barriers);
+    arch::grid_barrier(s.barrier, ++barriers);
   }
 }
 

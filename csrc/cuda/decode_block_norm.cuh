@@ -10,6 +10,15 @@ BIFLOW_DEVICE void load4(float (&v)[4], const float* p) {
   v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
 }
 
+// Rounded, and to `to`: as many neighbouring values.
+template <class Act>
+BIFLOW_DEVICE void store4(Act* to, const float (&v)[4]) {
+  arch::Vector<Act, 4> y;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) y.v[i] = arch::from_float<Act>(v[i]);
+  y.store(to);
+}
+
 class RowNorm {
   static constexpr int kKept = 6;  // fours of channels that a lane keeps in registers: of rows up to 768 wide, all
 
@@ -99,12 +108,7 @@ BIFLOW_DEVICE void normalize(const DecodeState& s, const DecodePlace& at) {
   const int step = static_cast<int>(gridDim.x) * kDecodeWarps;
   for (int row = static_cast<int>(blockIdx.x + threadIdx.x / 32 * gridDim.x); row < s.rows; row += step) {
     const int64_t offset = static_cast<int64_t>(row) * s.x_stride;
-    norm.apply(s.x + offset, [&](int c, const float (&v)[4]) {
-      arch::Vector<Act, 4> y;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) y.v[i] = arch::from_float<Act>(v[i]);
-      y.store(static_cast<Act*>(s.y) + offset + c);
-    });
+    norm.apply(s.x + offset, [&](int c, const float (&v)[4]) { store4(static_cast<Act*>(s.y) + offset + c, v); });
   }
 }
 

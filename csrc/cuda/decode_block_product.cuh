@@ -3,8 +3,6 @@
 // order of the warps. With bf16 weights they run on tensor cores, with fp32 weights as fused multiply-adds.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/decode_block_norm.cuh"
 #include "cuda/decode_block_state.cuh"
 #include "cuda/decode_block_tokens.cuh"
@@ -60,7 +58,6 @@ class StepProducts {
   template <bool kTensor>
   BIFLOW_DEVICE void product(const DecodePlace& at) {
     constexpr int kTiles = tiles(kTensor);
-    using Tensor = std::integral_constant<bool, kTensor>;
     const DecodeLinear linear = linears_[s_.product_of(at)];
     if (owner_ < 0 || owner_ >= linear.tiles) return;
     bool staged = false;
@@ -73,11 +70,7 @@ class StepProducts {
       else
         __syncthreads();  // the sums before are read
       const int count = tiles_of_group(linear, first, s_.owners, kTiles);
-      bool multiplied = false;
-      if constexpr (!kTensor || kRowTiles == 1) {  // others are not staged
-        if (staged) multiply<true>(Tensor(), at, linear, count), multiplied = true;
-      }
-      if (!multiplied) multiply<false>(Tensor(), at, linear, count);
+      multiply<kTensor>(at, linear, count, staged);
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < results(kTensor); ++i) {
@@ -176,10 +169,7 @@ class StepProducts {
       norm.apply(s_.x + static_cast<int64_t>(row_group_ * kRows + row) * s_.x_stride, [&](int c, const float (&v)[4]) {
         const int piece = c / kPiece;
         auto* const to = reinterpret_cast<unsigned char*>(&staged_piece(piece / 4, row, piece % 4));
-        arch::Vector<Act, 4> y;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) y.v[i] = arch::from_float<Act>(v[i]);
-        y.store(reinterpret_cast<Act*>(to) + c % kPiece);
+        store4(reinterpret_cast<Act*>(to) + c % kPiece, v);
       });
   }
 
@@ -292,9 +282,20 @@ class StepProducts {
 
   // --- the products of a warp: the sums of `count` column tiles over its blocks of inputs
 
+  template <bool kTensor>
+  BIFLOW_DEVICE void multiply(const DecodePlace& at, const DecodeLinear& linear, int count, bool staged) {
+    if constexpr (!kTensor) {
+      return staged ? multiply_fp32<true>(at, linear, count) : multiply_fp32<false>(at, linear, count);
+    } else if constexpr (kRowTiles == 1) {
+      return staged ? multiply_tensor<true>(at, linear, count) : multiply_tensor<false>(at, linear, count);
+    } else {  // never staged
+      multiply_tensor<false>(at, linear, count);
+    }
+  }
+
   // On tensor cores.
   template <bool kStaged>
-  BIFLOW_DEVICE void multiply(std::true_type, const DecodePlace& at, const DecodeLinear& linear, int count) {
+  BIFLOW_DEVICE void multiply_tensor(const DecodePlace& at, const DecodeLinear& linear, int count) {
     constexpr int kTiles = tiles(true), kLoads = kStaged ? 2 : kChunk, kStep = kLoads * kDecodeWarps;
     float sum[kTiles][kRowTiles][4] = {};
     struct Chunk {
@@ -369,7 +370,7 @@ class StepProducts {
 
   // The same as fused multiply-adds: lane 4 g + t multiplies column g with the inputs 4 t to 4 t + 3 of each block.
   template <bool kStaged>
-  BIFLOW_DEVICE void multiply(std::false_type, const DecodePlace& at, const DecodeLinear& linear, int count) {
+  BIFLOW_DEVICE void multiply_fp32(const DecodePlace& at, const DecodeLinear& linear, int count) {
     constexpr int kTiles = tiles(false), kStep = kChunkFp32 * kDecodeWarps;
     float sum[kTiles][kRows] = {};
     const Source from = source(at);
