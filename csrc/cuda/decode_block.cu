@@ -70,9 +70,9 @@ size_t decode_shared_bytes(const DecodeBlockParams& p, const DecodePlan& plan) {
 }
 
 DecodePlan decode_plan(const DecodeBlockParams& p, const DecodeMachine& machine) {
-  // As measured on an H200 (docs/results.md): joining the splits of 256 tokens takes longer than they save; 64 rows
-  // are faster as four groups, whose blocks normalise for themselves, than as fewer that read each weight less often.
-  constexpr int kTokensOfSplit = 256, kRowsOfOneTile = 64, kRowsOfTwo = 512;
+  // As measured on an H200 (docs/results.md): joining the splits of 256 tokens takes longer than they save; one tile is
+  // faster for 16 rows, two for 64 and 256. Where in between they cross is a guess.
+  constexpr int kTokensOfSplit = 256, kRowsOfOneTile = 32, kRowsOfTwo = 512;
   const int64_t rows = rows_of(p), processors = machine.multiprocessors;
   DecodePlan plan;
   plan.persistent = machine.cooperative;
