@@ -9,9 +9,16 @@ from biflow.ablation.results import at_guidance, best_guidance, by_guidance, cel
 from biflow.ablation.semantics import semantics_table
 from biflow.files import replacing
 
+PANELS = {"frechet": "Frechet distance, lower is better", "class_agreement": "class agreement, higher is better"}
+STYLES = (
+    {"marker": "o"},
+    {"marker": "s", "linestyle": "--"},
+    {"marker": "^", "linestyle": ":"},
+)  # colours repeat after 10
+
 
 def write_tables(results: dict[str, list[dict]], orderings: Sequence[Ordering], out: Path) -> None:
-    """out/table.md and (this needs Matplotlib) out/table.png: the Frechet distance of every row by guidance."""
+    """out/table.md and (this needs Matplotlib) out/table.png: Frechet distance and class agreement by guidance."""
     parts = [table(results), semantics_table(results)]
     parts += [orderings_table(results, orderings)] if orderings else []
     text = "\n".join(part for part in parts if part)
@@ -77,15 +84,18 @@ def orderings_table(results: dict[str, list[dict]], orderings: Sequence[Ordering
 def _plot(results: dict[str, list[dict]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for found in results.values():
-        values = {g: [s["frechet"] for s in samples] for g, samples in sorted(by_guidance(found).items())}
-        values = {g: known for g, v in values.items() if (known := [x for x in v if x is not None])}
-        means = [statistics.fmean(v) for v in values.values()]
-        spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values.values()]
-        axes.errorbar(list(values), means, yerr=spreads, marker="o", capsize=3, label=found[0]["title"])
-    axes.set(xlabel="guidance", ylabel="Frechet distance, lower is better")
-    axes.legend(fontsize="small")
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    panels = figure.subplots(1, len(PANELS))
+    for axes, (key, label) in zip(panels, PANELS.items(), strict=True):
+        for row, found in enumerate(results.values()):
+            values = {g: [s[key] for s in samples] for g, samples in sorted(by_guidance(found).items())}
+            values = {g: known for g, v in values.items() if (known := [x for x in v if x is not None])}
+            means = [statistics.fmean(v) for v in values.values()]
+            spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values.values()]
+            axes.errorbar(
+                list(values), means, yerr=spreads, capsize=3, label=found[0]["title"], **STYLES[row // 10 % len(STYLES)]
+            )
+        axes.set(xlabel="guidance", ylabel=label)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
