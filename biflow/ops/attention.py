@@ -1,8 +1,9 @@
 """Scaled dot-product attention over (B, H, T, d), and over a layer's packed projection (B, T, 3 H d).
 
-Without gradients, bf16 and fp16 on a GPU take the kernel of csrc/cuda/attention.cuh; everything else, and all of it in
-a build without CUDA kernels, is torch's own attention, which training uses anyway; but for short sequences in bf16 on a
-CPU, where torch's is slow.
+Without gradients, bf16 and fp16 on a GPU take the kernel of csrc/cuda/attention.cuh where it has something to fuse:
+norms, rotation, a mask. Everything else, and all of it in a build without CUDA kernels, is torch's own attention, which
+training uses anyway and which is twice as fast on an H200 where it suffices; but for short sequences in bf16 on a CPU,
+where torch's is slow.
 """
 
 import torch
@@ -216,13 +217,15 @@ def _masked(mask: Tensor, *heads: Tensor) -> list[Tensor]:
 
 
 def _attention(q, k, v, causal, scale, mask):
-    if _kernel_takes(q, scale, q, k, v):
+    # torch's is_causal aligns other shapes at the start
+    torchs = mask is None and (not causal or q.shape[2] == k.shape[2])
+    if not torchs and _kernel_takes(q, scale, q, k, v):
         o = torch.ops.biflow.attention_forward(q, k, v, causal, scale, mask, None, None, 0.0, None, None, 0, [])
         return o.transpose(1, 2)
     if k.shape[2] == 0:  # no key for any query
         return torch.zeros_like(q)
     queries, keys = q.shape[2], k.shape[2]
-    if mask is None and (not causal or queries == keys):  # torch's is_causal aligns other shapes at the start
+    if torchs:
         o = short_attention(q, k, v, causal, scale)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale) if o is None else o
     if mask is None and queries == 1:
@@ -240,7 +243,8 @@ def _attention(q, k, v, causal, scale, mask):
 
 def _attention_qkv(qkv, heads, causal, scale, mask, q_norm, k_norm, eps, cos, sin, prefix):
     q, k, v = qkv.unflatten(2, (3, heads, qkv.shape[2] // (3 * heads))).permute(2, 0, 3, 1, 4)
-    if _kernel_takes(q, scale, qkv, q_norm, k_norm, cos, sin):
+    fused = any(t is not None for t in (mask, q_norm, k_norm, cos))
+    if fused and _kernel_takes(q, scale, qkv, q_norm, k_norm, cos, sin):
         small = [t if t is None else t.float() for t in (q_norm, k_norm, cos, sin)]
         o = torch.ops.biflow.attention_forward(q, k, v, causal, scale, mask, *small[:2], eps, *small[2:], prefix, [])
         return o.flatten(2)

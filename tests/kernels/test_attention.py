@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from biflow import ops, reference
 
@@ -291,6 +292,20 @@ def test_what_the_public_functions_hand_over(backend, monkeypatch):
     assert torch.equal(alone.cpu(), attend(backend, q, k, v, causal=True, scale=0.3, mask=small))
 
 
+def test_what_has_nothing_to_fuse_is_torchs(monkeypatch):
+    monkeypatch.setattr(attention_module, "_kernel_takes", lambda *_: True)  # the kernel itself has no CPU form
+    q, k, v, _ = make((2, 2, 20, 64), torch.float16)
+    qkv = make_qkv(2, 20, 2, 64, torch.float16)[0]
+    for causal in (False, True):
+        want = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        assert torch.equal(ops.attention(q, k, v, causal=causal), want)
+        heads = qkv.unflatten(2, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+        want = F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(1, 2).flatten(2)
+        assert torch.equal(ops.attention_qkv(qkv, heads=2, causal=causal), want)
+    with pytest.raises(NotImplementedError, match="attention_forward"):  # queries at the end of more keys
+        ops.attention(q[:, :, :7], k, v, causal=True)
+
+
 # --- torch's machinery around the kernel: on a GPU only ---------------------------------------------------------------
 
 
@@ -322,10 +337,11 @@ def test_compile_fullgraph(compiler):
 def test_captured_in_a_cuda_graph():
     backend = get("cuda")
     q, k, v, _ = (backend.to(t) for t in make((2, 2, 400, 128), torch.bfloat16))  # 224 KB of shared memory
-    want = ops.attention(q, k, v)
+    mask = torch.ones(2, 400, dtype=torch.bool, device=q.device)  # without one it is torch's
+    want = ops.attention(q, k, v, mask=mask)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = ops.attention(q, k, v)
+        got = ops.attention(q, k, v, mask=mask)
     graph.replay()
     assert torch.equal(got, want)
 

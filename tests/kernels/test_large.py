@@ -130,10 +130,12 @@ def test_attention_qkv(room, causal):
     room(12)
     T, H, d = 64, 16, 64
     tail = draw(T, 3 * H * d, seed=0)
+    weight = torch.ones(d, device=tail.device)  # without norms it is torch's attention
     results = []
     for B in (ELEMENTS // tail.numel() + 1, 1):
         with torch.no_grad():
-            results.append(ops.attention_qkv(long(tail, B, T), heads=H, causal=causal)[-1])
+            qkv = long(tail, B, T)
+            results.append(ops.attention_qkv(qkv, heads=H, causal=causal, q_norm=weight, k_norm=weight)[-1])
     assert torch.equal(*results)
     assert results[0].any()
 
