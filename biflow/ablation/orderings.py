@@ -37,8 +37,9 @@ class Comparison:
     """What results say of an ordering.
 
     better, worse: mean Frechet distances. seeds: those that both rows have.
-    difference: mean over these seeds of d_s = worse - better, each seed's own; noise: twice its standard error,
-        2 std(d_s) / sqrt(seeds); None with one seed.
+    difference: mean over these seeds of d_s = worse - better, each seed's own; noise: half the width of its 95%
+        confidence interval, t std(d_s) / sqrt(seeds) with Student's t of seeds - 1 degrees of freedom (12.7 for two
+        seeds, 4.3 for three); None with one seed.
     verdict: "holds" (difference > noise), "does not hold" (difference < -noise), "within noise", or "one seed".
     """
 
@@ -78,6 +79,9 @@ def compare(ordering: Ordering, results: dict[str, list[dict]]) -> Comparison | 
     difference = statistics.fmean(differences)
     noise, verdict = None, "one seed"
     if len(seeds) > 1:
-        noise = 2 * statistics.stdev(differences) / math.sqrt(len(seeds))
+        from scipy.stats import t
+
+        quantile = float(t.ppf(0.975, len(seeds) - 1))
+        noise = quantile * statistics.stdev(differences) / math.sqrt(len(seeds))
         verdict = "holds" if difference > noise else "does not hold" if difference < -noise else "within noise"
     return Comparison(ordering, mean(better), mean(worse), len(seeds), difference, noise, verdict)

@@ -1,7 +1,23 @@
 """How results are read: `samples` of every seed, by guidance."""
 
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+def read_results(folder: Path, first: Iterable[str] = ()) -> dict[str, list[dict]]:
+    """Every ROW-SEED.json of a folder: row -> results by seed; the rows of `first`, then others by name."""
+    found: dict[str, list[dict]] = {name: [] for name in first}
+    for file in sorted(folder.glob("*-*.json")):
+        found.setdefault(file.stem.rpartition("-")[0], []).append(json.loads(file.read_text()))
+    return {name: sorted(results, key=lambda r: r["seed"]) for name, results in found.items() if results}
+
+
+def finished(results: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The results of runs that reached their end; rows without any are left out."""
+    whole = {name: [r for r in found if "failed" not in r] for name, found in results.items()}
+    return {name: found for name, found in whole.items() if found}
 
 
 def by_guidance(results: list[dict]) -> dict[float, list[dict]]:

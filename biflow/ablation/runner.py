@@ -12,6 +12,7 @@ import biflow
 from biflow import data as datasets
 from biflow import evaluate, presets
 from biflow.ablation.orderings import Ordering
+from biflow.ablation.results import read_results
 from biflow.ablation.semantics import SemanticsConfig, measure
 from biflow.ablation.table import write_tables
 from biflow.config import check_fields, completed, from_mapping, to_mapping
@@ -54,12 +55,17 @@ class AblationRow:
             raise ValueError(f"inverse_settings: expected none without inverse, got {list(self.inverse_settings)}")
 
     def training(self, seed: int, settings: Sequence[str]) -> tuple[FlowTraining, InverseTraining | None]:
-        """Both stages' configurations, with `settings` and the seed applied last."""
-        last = [*settings, f"run.seed={seed}"]
-        flow = presets.training(self.flow, [*self.flow_settings, *last], "flow")
+        """Both stages' configurations, with `settings` and the seed applied last; flow.KEY=VALUE is for stage one."""
+
+        def last(stage: str) -> list[str]:
+            other = {"flow": "inverse.", "inverse": "flow."}[stage]
+            own = [s.removeprefix(f"{stage}.") for s in settings if not s.startswith(other)]
+            return [*own, f"run.seed={seed}"]
+
+        flow = presets.training(self.flow, [*self.flow_settings, *last("flow")], "flow")
         if self.inverse is None:
             return flow, None
-        return flow, presets.training(self.inverse, [*self.inverse_settings, *last], "inverse")
+        return flow, presets.training(self.inverse, [*self.inverse_settings, *last("inverse")], "inverse")
 
 
 def read_row(path: str | Path) -> AblationRow:
@@ -91,14 +97,17 @@ def run_ablation(
     Args:
         rows: YAML files (`AblationRow`); their names name the results.
         out: a folder. results/ROW-SEED.json: one result each, small enough to be kept in a repository; flows/,
-            inverses/: the runs; table.md, table.png.
+            inverses/: the runs; table.md, table.png: of all results in the folder. One process a seed at a time: rows
+            of a seed share runs.
         seeds: of training; the evaluation has its own. A row's mean and spread are over them.
-        settings: `key=value` for both stages of all rows, such as data.source=fashion_mnist.npz.
+        settings: `key=value` for both stages of all rows, such as data.source=fashion_mnist.npz; flow.key=value and
+            inverse.key=value for one of them.
         orderings: of rows, which table.md compares as far as there are results.
         progress: show progress bars.
 
     Returns:
-        name of a row -> its results in the order of `seeds`.
+        name of a row -> its results in the order of `seeds`. Of a run whose loss was not finite: "failed", the reason,
+        in the place of numbers; the others go on. Remove its file to try again.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: rows that cannot be read, two of one name, no seeds or one twice; a
@@ -120,7 +129,7 @@ def run_ablation(
     for seed in seeds:  # all rows of a seed first: a table that is cut short compares all of them
         for name, row in named.items():
             results[name].append(_result(name, row, seed, settings, out, real_data, progress))
-            write_tables({n: r for n, r in results.items() if r}, orderings, out)
+            write_tables(read_results(out / "results", named), orderings, out)
     return results
 
 
@@ -140,28 +149,39 @@ def _result(
         found = json.loads(file.read_text())
         check_same(_with_defaults(found["configuration"]), configuration, str(file))
         return found
+    result = {"row": name, "title": row.title, "seed": seed}
+    try:
+        result |= _train_and_evaluate(row, flow_config, inverse_config, out, real_data, progress)
+    except FloatingPointError as error:
+        result["failed"] = str(error).partition(";")[0]
+    result |= {"configuration": configuration, "environment": {"biflow": biflow.__version__, **environment()}}
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return result
+
+
+def _train_and_evaluate(
+    row: AblationRow,
+    flow_config: FlowTraining,
+    inverse_config: InverseTraining | None,
+    out: Path,
+    real_data: Callable[[DataConfig, EvaluationConfig], RealData],
+    progress: bool,
+) -> dict:
     flow_run, inverse_run = out / "flows" / _digest(flow_config), None
     flow = train_flow(flow_config, flow_run, resume=True, progress=progress)
     rev = None
     if inverse_config is not None:
         inverse_run = out / "inverses" / _digest(flow_config, inverse_config)
         rev = train_inverse(inverse_config, flow, inverse_run, resume=True, progress=progress)
-    result = {
-        "row": name,
-        "title": row.title,
-        "seed": seed,
+    return {
         **_evaluate(flow, rev, real_data(flow_config.data, row.evaluation), row.evaluation),
         **({} if row.semantics is None else {"semantics": _semantics(flow, flow_run, flow_config, row, real_data)}),
         "train_seconds": {
             "flow": train_seconds(flow_run),
             "inverse": None if rev is None else train_seconds(inverse_run),
         },
-        "configuration": configuration,
-        "environment": {"biflow": biflow.__version__, **environment()},
     }
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    return result
 
 
 def _evaluate(flow: TarFlow, rev: BiFlow | None, real: RealData, evaluation: EvaluationConfig) -> dict:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from biflow.ablation.orderings import Ordering, compare
-from biflow.ablation.results import at_guidance, best_guidance, by_guidance, cell
+from biflow.ablation.results import at_guidance, best_guidance, by_guidance, cell, finished
 from biflow.ablation.semantics import semantics_table
 from biflow.files import replacing
 
@@ -19,12 +19,15 @@ STYLES = (
 
 def write_tables(results: dict[str, list[dict]], orderings: Sequence[Ordering], out: Path) -> None:
     """out/table.md and (this needs Matplotlib) out/table.png: Frechet distance and class agreement by guidance."""
-    parts = [table(results), semantics_table(results)]
-    parts += [orderings_table(results, orderings)] if orderings else []
+    whole = finished(results)
+    parts = [table(whole), semantics_table(whole)] if whole else []
+    parts += [orderings_table(whole, orderings)] if orderings and whole else []
+    parts += [failures_list(results)]
     text = "\n".join(part for part in parts if part)
     with replacing(out / "table.md") as temporary:
         temporary.write_text(text)
-    _plot(results, out / "table.png")
+    if whole:
+        _plot(whole, out / "table.png")
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -47,12 +50,14 @@ def table(results: dict[str, list[dict]]) -> str:
         cells += [cell([s[key] for s in at_best]) for key in shown]
         cells += [cell([r.get(key) for r in found]) for key in ("reconstruction_mse", "held_out_bits_per_dim")]
         lines.append(f"| {' | '.join(cells)} |")
-    floors = [[r["data"][f"{key}_held_out"] for found in results.values() for r in found] for key in shown[:3]]
+    data = [r["data"] for found in results.values() for r in found]
+    floors = [[d[f"{key}_held_out"] for d in data] for key in shown[:3]]
+    floors.append([d.get("classifier_held_out_accuracy") for d in data])
     lines += [
         "",
         f"Real held-out images: Frechet distance {cell(floors[0])}, precision {cell(floors[1])}, recall "
-        f"{cell(floors[2])}. A cell: mean over seeds ± standard deviation. Passes: through a network, one after the "
-        "other; an exact step of one token is one.",
+        f"{cell(floors[2])}, class agreement {cell(floors[3])}. A cell: mean over seeds ± standard deviation. Passes: "
+        "through a network, one after the other; an exact step of one token is one.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -75,10 +80,17 @@ def orderings_table(results: dict[str, list[dict]], orderings: Sequence[Ordering
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Difference: mean over seeds of each seed's own difference. Noise: twice its standard error. Holds: the "
-        "difference is larger; does not hold: it is below minus the noise.",
+        "Difference: mean over seeds of each seed's own difference. Noise: half its 95% confidence interval (Student's "
+        "t: the fewer seeds, the wider). Holds: the difference is larger; does not hold: it is below minus the noise. "
+        "Seeds are of training: all rows are scored on the same noise by the same classifier.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def failures_list(results: dict[str, list[dict]]) -> str:
+    """Markdown: the runs that failed, and why; "" if none did."""
+    failed = [r for found in results.values() for r in found if "failed" in r]
+    return "".join(f"- {r['title']}, seed {r['seed']}: {r['failed']}\n" for r in failed)
 
 
 def _plot(results: dict[str, list[dict]], path: Path) -> None:

@@ -82,7 +82,8 @@ def ablate(
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds of training, separated by commas.")] = "0,1,2",
     data: Annotated[str | None, typer.Option("--data", help="In place of the rows' data.source.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of both stages of all rows.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Of all rows; flow.KEY=, inverse.KEY=: one stage."),
     ] = None,
     orderings: Annotated[
         str | None, typer.Option("--orderings", metavar="FILE.yaml", help="Orderings of rows that the table checks.")
@@ -138,6 +139,8 @@ COMMANDS = (
             "biflow ablate configs/ablations/*.yaml --data fashion_mnist.npz --orderings "
             "configs/ablations/base/orderings.yaml --out runs/ablations",
             "biflow ablate naive.yaml alignment.yaml --seeds 0,1 --set optim.steps=500 --out runs/short",
+            "biflow ablate *.yaml --set run.device=cuda --set flow.optim.steps=20000 --set inverse.optim.steps=8000 "
+            "--out runs/long",
         ),
     ),
     ("demo", demo, examples("biflow demo --out runs/demo", "biflow demo --out runs/demo --resume")),
