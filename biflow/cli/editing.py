@@ -116,7 +116,7 @@ def inpaint(
     data = _data(flow, checkpoint, images)
     judge = None
     if agreement:
-        judge = RealData.of(data, EvaluationConfig(seed=seed)).judge
+        judge = RealData.of(_judged(flow, checkpoint, data), EvaluationConfig(seed=seed)).judge
         if judge is None:
             raise ValueError("--agreement: expected images with labels of two classes or more, got none")
     x, own = pick_images(data, n)
@@ -292,6 +292,22 @@ def _data(flow: "TarFlow", checkpoint: str, source: str | None) -> "ImageData":
     data = datasets.load(config)
     evaluate.check_data(flow, data)
     return data
+
+
+def _judged(flow: "TarFlow", checkpoint: str, data: "ImageData") -> "ImageData":
+    """What a classifier of `data` is trained on: its own training images if others are held out, else the run's."""
+    if len(data.val_x):
+        return data
+    try:
+        own = _data(flow, checkpoint, None)
+    except ValueError as error:
+        raise ValueError(
+            "--agreement: expected --images with a test split, or a flow in the folder of its run, on whose images a "
+            f"classifier is trained, got neither ({error})"
+        ) from None
+    if own.class_names != data.class_names:
+        raise ValueError(f"--agreement: expected the run's classes {own.class_names}, got {data.class_names}")
+    return own
 
 
 def _labels(flow: "TarFlow", own: "Tensor | None", label: str, n: int) -> "Tensor | None":
