@@ -53,10 +53,10 @@ def score(
     from biflow.files import replacing
     from biflow.ops._checks import local_device
 
-    if reference is None and save_statistics is None and inception == "none":
-        raise ValueError("--reference: expected a reference, or --save-statistics FILE.npz; got neither")
     if inception == dinov2 == "none":
         raise ValueError("--inception, --dinov2: expected at least one network, got none for both")
+    if reference is None and save_statistics is None and inception == "none":
+        raise ValueError("--reference: expected a reference, or --save-statistics FILE.npz; got neither")
     if save_statistics is not None and not save_statistics.endswith(".npz"):
         raise ValueError(f"--save-statistics: expected a file ending in .npz, got {save_statistics!r}")
     kept, path = (None if name is None else Path(name).expanduser() for name in (save_statistics, out))
@@ -64,11 +64,17 @@ def score(
         if file is not None and not file.parent.is_dir():
             raise FileNotFoundError(f"{option}: expected an existing folder, got {file.parent}")
 
-    def config(source: str) -> DataConfig:
-        values = settings if is_encoded(source) else None
-        return from_mapping(DataConfig, apply_overrides({"source": source}, values or []), "data")
+    sources = [source for source in (samples, reference) if source is not None]
+    if settings and not any(map(is_encoded, sources)):
+        raise ValueError(
+            f"KEY=VALUE: expected only with a folder, shards or a Hugging Face data set, got {settings[0]!r}"
+        )
 
-    sets = [evaluate.ImageSet.of(config(source)) for source in (samples, reference) if source is not None]
+    def config(source: str) -> DataConfig:
+        values = settings if settings and is_encoded(source) else []
+        return from_mapping(DataConfig, apply_overrides({"source": source}, values), "data")
+
+    sets = [evaluate.ImageSet.of(config(source)) for source in sources]
     where = local_device(device)
     networks: list[evaluate.Network] = []
     for choice, kind in ((inception, evaluate.Inception), (dinov2, evaluate.DINOv2)):
