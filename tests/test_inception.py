@@ -1,5 +1,6 @@
 """The networks of `biflow score`: torch-fidelity's Inception-v3 and timm's DINOv2, with random weights from files."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from tiny_inception import import_torch_fidelity, write_inception
 from torch import nn
 
-from biflow import evaluate
+from biflow import cli, evaluate
 from biflow.evaluate import networks
 
 
@@ -72,6 +73,21 @@ def test_features_and_scores_do_not_depend_on_the_batch(inception):
         assert other["score"] == pytest.approx(found[0]["score"], rel=1e-6)
     assert found[0]["fid"] > 1e-3
     assert found[0]["score"] > 1.01
+
+
+def test_the_command_keeps_what_adms_references_have(weights, tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", arr_0=pictures(4).permute(0, 2, 3, 1).numpy())
+    line = ["score", str(tmp_path / "s.npz"), "--inception", str(weights), "--save-statistics"]
+    assert cli.main([*line, str(tmp_path / "kept.npz"), "--batch-size", "3", "--quiet"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["inception_score"] > 1
+    assert (report["fid"], report["precision"], report["fd_dinov2"]) == (None, None, None)
+    with np.load(tmp_path / "kept.npz", allow_pickle=False) as file:
+        shapes = {name: file[name].shape for name in file.files}
+    assert shapes == {
+        "mu": (2048,), "sigma": (2048, 2048), "count_pool": (), "pool": (4, 2048),
+        "mu_s": (2023,), "sigma_s": (2023, 2023), "count_spatial": (),
+    }  # fmt: skip
 
 
 def test_inception_says_what_is_wrong_with_weights(tmp_path, monkeypatch):

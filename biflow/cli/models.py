@@ -189,6 +189,9 @@ def evaluate(
     guidance: Annotated[
         list[float] | None, typer.Option("--guidance", help="Strength; may be repeated.  [default: 0 1 2 3]")
     ] = None,
+    noise_draws: Annotated[
+        int, typer.Option("--noise-draws", min=1, help="Draws of the noise that the bounds on the bits are taken over.")
+    ] = 4,
     no_denoise: Annotated[
         bool, typer.Option("--no-denoise", help="No score step after what ends in noisy data.")
     ] = False,
@@ -220,6 +223,7 @@ def evaluate(
     config = metrics.EvaluationConfig(
         samples=samples,
         guidances=tuple(guidance or metrics.EvaluationConfig.guidances),
+        noise_draws=noise_draws,
         seed=seed,
         denoise=not no_denoise,
     )

@@ -31,13 +31,13 @@ def to_bytes(images: Tensor) -> Tensor:
     return values.to(torch.uint8).expand(-1, 3, -1, -1)
 
 
-def write_adm(path: Path, batches: Iterable[Tensor], count: int, labels: Tensor | None = None) -> None:
+def write_adm(path: str | Path, batches: Iterable[Tensor], count: int, labels: Tensor | None = None) -> None:
     """Write `count` images, which come as batches (n,1|3,S,S) in [-1, 1], and labels (count,) to a .npz of ADM's.
 
     No more than a batch is held in memory; the file is there whole or not at all. ValueError: as `to_bytes`, or not
     `count` images of one size.
     """
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as file:
             written, shape = 0, None
             for batch in batches:
@@ -62,10 +62,10 @@ class NpzImages:
     count: N, 0 if the file has no such array (statistics alone).
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str | Path):
         """FileNotFoundError: no such file. ValueError: not a .npz, or not images (N,H,W) or (N,H,W,1|3)."""
-        self.path = path
-        if not path.is_file():
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         try:
             with zipfile.ZipFile(path) as archive:

@@ -50,7 +50,7 @@ class ImageSet:
         Raises: as `NpzImages` and `biflow.data.load`.
         """
         if config.source.endswith(".npz"):
-            images = NpzImages(Path(config.source).expanduser())
+            images = NpzImages(config.source)
             return cls(config.source, images.count, images.batches)
         data = load(replace(config, val_fraction=0.0, crop="center"))
         images = data.train_x
@@ -93,7 +93,7 @@ class SetStatistics:
             None if self.logits is None else torch.cat([self.logits, other.logits]),
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """As a .npz that serves as a reference: mean and covariance under the names that ADM's references have, and at
         most 10,000 rows of pool, evenly spaced. ValueError: moments of other features."""
         arrays = {}
@@ -103,11 +103,11 @@ class SetStatistics:
             arrays[f"{COUNT}_{name}"] = np.int64(moments.count)
         if self.pool is not None:
             arrays[KEPT] = self.pool[spread(len(self.pool), REFERENCE_IMAGES)].numpy()
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
 
-def read_statistics(path: Path) -> SetStatistics:
+def read_statistics(path: str | Path) -> SetStatistics:
     """The statistics in a .npz: those of `SetStatistics.save`, or mu, sigma, mu_s, sigma_s as ADM's references have.
 
     A file without any gives no moments. ValueError: not a .npz, or arrays that do not fit.
