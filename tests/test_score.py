@@ -159,6 +159,18 @@ def test_one_point_repeated_covers_itself_alone():
     assert evaluate.precision_recall(point.repeat(9, 1), (point * 1.001).repeat(5, 1)) == (0, 0)
 
 
+def test_equal_rows_are_at_distance_0():
+    """Whatever sums of products round to; rows as near as fp32 can tell apart are not."""
+    rows = draw(99, 300, 1).float() + 100
+    squares = importlib.import_module("biflow.evaluate.precision_recall")._squares
+    found = squares(rows.double(), rows.double())
+    assert (found.diagonal() == 0).all()
+    near = rows.clone()
+    near[:, 0] += 3
+    other = squares(near.double(), rows.double()).diagonal()
+    torch.testing.assert_close(other, (near - rows).double().square().sum(1), rtol=1e-6, atol=0)
+
+
 # --- ADM's .npz
 
 
