@@ -197,6 +197,7 @@ def test_pixels_go_to_the_bins_that_they_lie_in():
     got = to_bytes(x)
     assert got.shape == (1, 3, 1, 9)
     assert got[0, 1, 0].tolist() == [0, 0, 127, 128, 255, 255, 255, 0, 128]
+    assert torch.equal(to_bytes(got[:, :1]), got)
     with pytest.raises(ValueError, match=r"expected images \(N,1,H,W\) or \(N,3,H,W\), got shape \(1, 4, 2, 2\)"):
         to_bytes(torch.zeros(1, 4, 2, 2))
 

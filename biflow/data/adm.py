@@ -23,16 +23,18 @@ def to_bytes(images: Tensor) -> Tensor:
     """Images (N,1|3,H,W) in [-1, 1] -> (N,3,H,W) uint8, gray repeated: v = floor(128 (x + 1)), clamped to 0..255.
 
     The inverse of how uint8 images are read (v -> (v + 0.5) / 128 - 1): each value goes to the bin that it lies in. NaN
-    becomes gray, 128. ValueError: another number of channels, such as latents.
+    becomes gray, 128; uint8 stays as it is. ValueError: another number of channels, such as latents.
     """
     if images.dim() != 4 or images.shape[1] not in PIXEL_CHANNELS:
         raise ValueError(f"expected images (N,1,H,W) or (N,3,H,W), got shape {tuple(images.shape)}")
+    if images.dtype == torch.uint8:
+        return images.expand(-1, 3, -1, -1)
     values = ((in_range(images.float()).nan_to_num(0.0) + 1) * 128).floor().clamp(0, 255)
     return values.to(torch.uint8).expand(-1, 3, -1, -1)
 
 
 def write_adm(path: str | Path, batches: Iterable[Tensor], count: int, labels: Tensor | None = None) -> None:
-    """Write `count` images, which come as batches (n,1|3,S,S) in [-1, 1], and labels (count,) to a .npz of ADM's.
+    """Write `count` images, which come as batches (n,1|3,H,W) for `to_bytes`, and labels (count,) to a .npz of ADM's.
 
     No more than a batch is held in memory; the file is there whole or not at all. ValueError: as `to_bytes`, or not
     `count` images of one size.
