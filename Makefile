@@ -1,5 +1,5 @@
 # A fresh machine needs Python >= 3.11 with venv, GCC or Clang with C++17, and make; the rest comes from
-# requirements/dev.txt.
+# requirements/dev.txt and requirements/no-deps.txt.
 PYTHON ?= python3
 OUT ?= runs/demo
 
@@ -76,10 +76,11 @@ ifneq ($(shell cat $(ORIGIN) 2>/dev/null),$(CURDIR) $(PYTHON))
 .PHONY: $(INSTALLED)
 endif
 
-$(INSTALLED): requirements/dev.txt
+$(INSTALLED): requirements/dev.txt requirements/no-deps.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python >= 3.11 (the pinned versions need it), got " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements/no-deps.txt
 	echo "$(CURDIR) $(PYTHON)" > $(ORIGIN)
 	touch $@
 

@@ -242,8 +242,11 @@ def test_evaluate_flow_and_inverse(runs, tmp_path, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) == report
     out = tmp_path / "report.json"
     line = ["evaluate", f"{runs}/inverse", "--flow", f"{runs}/flow", "--data", "digits", *small, "--out", str(out)]
-    assert cli.main(line) == 0
+    assert cli.main([*line, "--noise-draws", "2"]) == 0
     report = json.loads(out.read_text())
+    assert report["exact"]["noise_draws"] == 2
+    names = ("held_out_bits_per_dim_importance_weighted", "held_out_bits_per_dim")
+    assert report["exact"][names[0]] < report["exact"][names[1]]
     assert [s["guidance"] for s in report["learned"]["samples"]] == [0.0, 1.0]
     assert report["learned"]["reconstruction_mse"] > 0
 
@@ -415,6 +418,7 @@ def test_debug_shows_the_traceback(capsys):
         "sample",
         "calibrate",
         "evaluate",
+        "score",
         "info",
         "classify",
         "demo",

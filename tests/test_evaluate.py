@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny import BATCH, VARIANTS, make_condition, make_flow, make_reverse, noise
 
+import biflow
 from biflow import evaluate
 from biflow.data import DataConfig, load
 from biflow.evaluate import EvaluationConfig, RealData, metrics, plots, timing
+from biflow.evaluate.bits import bounds
 from biflow.evaluate.classifier import Classifier
 from biflow.models.layers import patchify
 
@@ -225,6 +227,49 @@ def test_pairs_and_data_that_do_not_fit_are_refused(real):
         evaluate.evaluate_inverse(rev, tiny_flow(num_classes=3), real, QUICK)
     with pytest.raises(ValueError, match="expected img_size 16 as the model has, got 8"):
         evaluate.check_data(tiny_flow(img_size=16), load(DataConfig()))
+
+
+# --- bounds on the bits per dim
+
+
+def test_importance_weighted_bound_is_below_the_average_image_by_image():
+    log_p = 5 * torch.randn(8, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for n in range(30):
+        one = bounds(log_p[:, n : n + 1], 12, 0.25)
+        assert one["_importance_weighted"] < one[""]
+        assert one["_standard_error"] is None
+    both = bounds(log_p, 12, 0.25)
+    bits = -log_p.mean(0) / (12 * math.log(2)) + 2
+    assert both[""] == pytest.approx(float(bits.mean()))
+    assert both["_standard_error"] == pytest.approx(float(bits.std()) / 30**0.5)
+    single = bounds(log_p[:1], 12, 0.25)
+    assert single["_importance_weighted"] == pytest.approx(single[""], rel=1e-12)
+    assert bounds(log_p, 12, None)[""] is None
+    with pytest.raises(ValueError, match=r"expected a matrix \(K,N\) with values, got shape \(8,\)"):
+        bounds(log_p[:, 0], 12, 0.25)
+
+
+def test_bounds_of_a_standard_normal_are_the_closed_forms(tmp_path):
+    """A fresh flow is the identity: -log2 of the mass of a bin, and the mean of a parabola over it."""
+    images = np.random.default_rng(0).choice([-0.5, 0.5], (40, 4, 4)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", images=images)
+    real = RealData.of(load(DataConfig(source=str(tmp_path / "images.npz"), val_fraction=0.9)), QUICK)
+    real = dataclasses.replace(real, bin_width=1.0)
+    flow = biflow.TarFlow(biflow.TarFlowConfig(**{**TINY, "img_size": 4, "layers_per_block": 1}))
+    draws = 300
+    report = evaluate.evaluate_flow(flow, real, dataclasses.replace(QUICK, samples=10, noise_draws=draws))
+    x, w = real.val_x.double(), 1.0
+    normal = torch.distributions.Normal(0.0, 1.0)
+    exact = -(normal.cdf(x + w / 2) - normal.cdf(x - w / 2)).log2().mean()
+    uniform = ((x**2 + w**2 / 12) / 2 + 0.5 * math.log(2 * math.pi)).mean() / math.log(2) - math.log2(w)
+    # -log2 p varies by about |x| w / sqrt(12) / ln 2 with the noise of each value
+    tolerance = 4 * 0.21 / (draws * x.numel()) ** 0.5
+    assert report["held_out_bits_per_dim"] == pytest.approx(float(uniform), abs=tolerance)
+    assert report["held_out_bits_per_dim_importance_weighted"] == pytest.approx(float(exact), abs=2 * tolerance)
+    assert uniform - exact > 5 * tolerance, "no test of the difference"
+
+
+# --- pictures and timings
 
 
 @pytest.mark.parametrize("noise_std", [0.0, 0.1])

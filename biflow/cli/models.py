@@ -20,7 +20,7 @@ from biflow.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -61,20 +61,28 @@ def sample(
         bool, typer.Option("--certify", help="Exact flow: print how exact the decode was; costs one encode.")
     ] = False,
     precision: Annotated[str, typer.Option("--precision", help="Of the decode: fp32 or bf16.")] = "fp32",
+    arrays: Annotated[
+        str, typer.Option("--format", metavar="float|adm", help="Of a .npz; adm: for evaluators, as ADM writes it.")
+    ] = "float",
     device: Device = "cpu",
 ) -> None:
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
-    A .npz holds images (N,H,W,C) fp32 in [-1, 1] (or latents, of any size) and labels (N,) int64: a file that --data
-    and data.source read.
+    A .npz holds images (N,H,W,C) fp32 in [-1, 1] (or latents, of any size) and labels (N,) int64; with --format adm
+    arr_0 (N,H,W,3) uint8, gray repeated, and arr_1 (N,) int64 labels, written batch by batch. --data and data.source
+    read both.
     A seed draws the same noise for every device.
     """
     import torch
 
+    from biflow.data.adm import write_adm
     from biflow.models import TarFlow
-    from biflow.ops._checks import local_device
+    from biflow.ops._checks import check_choice, local_device
 
     path = picture_file(out)
+    check_choice("--format", arrays, ("float", "adm"))
+    if arrays == "adm" and path.suffix != ".npz":
+        raise ValueError(f"--format: expected adm only with --out FILE.npz, got {out!r}")
     model, where = load_model(checkpoint, device=device), local_device(device)
     y = _labels(model, label, n)
     if guidance is None:
@@ -97,20 +105,26 @@ def sample(
     options |= {"guidance": guidance, "temperature": temperature, "generator": torch.Generator().manual_seed(seed)}
     options["precision"] = precision
     score = _score(model, flow, device)
-    parts, infos = [], []
-    with model.frozen():
-        for start in range(0, n, BATCH):
-            labels = None if y is None else y[start : start + BATCH].to(where)
-            drawn = model.sample(min(BATCH, n - start), labels, **options)
-            drawn, *info = drawn if certify else (drawn,)
-            drawn = drawn if score is None else score(drawn, labels)
-            parts.append(drawn.cpu())
-            infos += info
-    images = torch.cat(parts)
-    bad = n - int(images.isfinite().flatten(1).all(1).sum())
+    infos, finite = [], []
+
+    def batches() -> "Iterator[Tensor]":
+        with model.frozen():
+            for start in range(0, n, BATCH):
+                labels = None if y is None else y[start : start + BATCH].to(where)
+                drawn = model.sample(min(BATCH, n - start), labels, **options)
+                drawn, *info = drawn if certify else (drawn,)
+                drawn = (drawn if score is None else score(drawn, labels)).cpu()
+                finite.append(drawn.isfinite().flatten(1).all(1))
+                infos.extend(info)
+                yield drawn
+
+    if arrays == "adm":
+        write_adm(path, batches(), n, y)
+    else:
+        _write(torch.cat(list(batches())), y, path)
+    bad = n - int(torch.cat(finite).sum())
     if bad:
         typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
-    _write(images, y, path)
     for line in _certificate(infos) if certify else []:
         typer.echo(line)
     typer.echo(f"{path}: {n} images")
@@ -175,6 +189,9 @@ def evaluate(
     guidance: Annotated[
         list[float] | None, typer.Option("--guidance", help="Strength; may be repeated.  [default: 0 1 2 3]")
     ] = None,
+    noise_draws: Annotated[
+        int, typer.Option("--noise-draws", min=1, help="Draws of the noise that the bounds on the bits are taken over.")
+    ] = 4,
     no_denoise: Annotated[
         bool, typer.Option("--no-denoise", help="No score step after what ends in noisy data.")
     ] = False,
@@ -206,6 +223,7 @@ def evaluate(
     config = metrics.EvaluationConfig(
         samples=samples,
         guidances=tuple(guidance or metrics.EvaluationConfig.guidances),
+        noise_draws=noise_draws,
         seed=seed,
         denoise=not no_denoise,
     )
@@ -376,6 +394,7 @@ COMMANDS = (
             "biflow sample runs/flow --class 3 --guidance 2 --out threes.png",
             "biflow sample runs/flow --solver windowed --window 32 --tol 1e-4 --certify",
             "biflow sample runs/inverse/model.safetensors --n 1000 --seed 7 --out samples.npz",
+            "biflow sample runs/inverse --n 50000 --format adm --out samples.npz --device cuda",
             "biflow sample runs/noisy_inverse --flow runs/flow",
         ),
     ),

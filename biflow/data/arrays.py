@@ -17,7 +17,8 @@ from biflow.data.labels import unused_class
 if TYPE_CHECKING:
     from biflow.data.encoded import EncodedImages
 
-NPZ_KEYS = "x_train [y_train] [x_test [y_test]], or images [labels]"
+NPZ_KEYS = "x_train [y_train] [x_test [y_test]], images [labels], or arr_0 [arr_1]"
+PAIRS = {"images": "labels", "arr_0": "arr_1", "x_train": "y_train"}  # arr_0, arr_1: as ADM names them
 
 
 def read_npz(path: Path, config: DataConfig) -> ImageData:
@@ -30,8 +31,9 @@ def read_npz(path: Path, config: DataConfig) -> ImageData:
             arrays = {name: file[name] for name in file.files}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: expected a .npz file of plain arrays ({NPZ_KEYS}); {error}") from None
-    train, labels = ("images", "labels") if "images" in arrays else ("x_train", "y_train")
-    allowed = {train, labels} if train == "images" else {train, labels, "x_test", "y_test"}
+    train = next((name for name in PAIRS if name in arrays), "x_train")
+    labels = PAIRS[train]
+    allowed = {train, labels} | ({"x_test", "y_test"} if train == "x_train" else set())
     if train not in arrays or not arrays.keys() <= allowed:
         raise ValueError(f"{path}: expected arrays {NPZ_KEYS}; got {', '.join(sorted(arrays)) or 'none'}")
     if "y_test" in arrays and "x_test" not in arrays:

@@ -83,10 +83,10 @@ def load(config: DataConfig) -> ImageData:
 
     Sources:
         "digits": scikit-learn's 1,797 handwritten digits, 8x8, values v = 0..16 as x = v / 8 - 1, ten classes.
-        *.npz: arrays x_train (with y_train, x_test, y_test) or images (with labels); images (N,H,W) or (N,H,W,1|3),
-            square, uint8 (v -> (v + 0.5) / 128 - 1) or floating point in [-1, 1]; labels (N,) integers 0..K-1, each
-            of them in use. Floating-point arrays (N,H,W,C) of another C are latents of an autoencoder: any finite
-            values, used as stored. Never unpickled.
+        *.npz: arrays x_train (with y_train, x_test, y_test), images (with labels) or, as ADM's samples, arr_0 (with
+            arr_1); images (N,H,W) or (N,H,W,1|3), square, uint8 (v -> (v + 0.5) / 128 - 1) or floating point in
+            [-1, 1]; labels (N,) integers 0..K-1, each of them in use. Floating-point arrays (N,H,W,C) of another C are
+            latents of an autoencoder: any finite values, used as stored. Never unpickled.
         folder: images in one sub-folder per class (classes in the order of the sub-folders' names), or directly in
             the folder (no labels); hidden files and other suffixes are passed over.
         *.tar: WebDataset shards; a sample's label is its .cls or the "label" of its .json.

@@ -1,17 +1,14 @@
-"""Frechet distance between two sets of features."""
+"""Frechet distance between Gaussians, and between two sets of features."""
 
 import torch
 from torch import Tensor
 
 from biflow.evaluate.features import check_features
+from biflow.evaluate.moments import Moments
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared 2-Wasserstein distance between Gaussians fitted to two sets of features.
-
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), mu and S being mean and unbiased covariance (Heusel et al.
-    2017, arXiv 1706.08500, eq. 6). Computed in float64; the trace of the root comes from the eigenvalues of the
-    symmetric S_a^(1/2) S_b S_a^(1/2), which has the spectrum of S_a S_b.
+    """`gaussian_distance` between Gaussians fitted to two sets of features.
 
     Args:
         a, b: features (N_a, F) and (N_b, F), any floating dtype.
@@ -32,22 +29,28 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
                 f"{name}: expected at least {features.shape[1] + 1} samples for {features.shape[1]} features, "
                 f"got {features.shape[0]}"
             )
-    mean_a, cov_a = _moments(a)
-    mean_b, cov_b = _moments(b)
-    root_a = _root(cov_a)
-    product = root_a @ cov_b @ root_a
-    spectrum = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0)
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * spectrum.sqrt().sum()
+    return gaussian_distance(Moments.of(a), Moments.of(b))
+
+
+def gaussian_distance(a: Moments, b: Moments) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians, also of singular ones.
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500, eq. 6), in float64. With
+    S = R R^T the product S_a S_b has, but for zeros, the spectrum of M M^T, M = R_a^T R_b: the trace of its root is the
+    sum of M's singular values, which keeps the digits that a root of rounded eigenvalues near 0 would lose. Eigenvalues
+    of a covariance below its rounding error, F eps times the largest, are taken for 0.
+
+    ValueError: not as many features.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"moments: expected {len(a.mean)} features in both, got {len(b.mean)}")
+    overlap = torch.linalg.svdvals(_factor(a.covariance).T @ _factor(b.covariance)).sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
     return max(0.0, float(distance))
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    wide = features.detach().double()
-    mean = wide.mean(0)
-    centred = wide - mean
-    return mean, centred.T @ centred / (wide.shape[0] - 1)
-
-
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+def _factor(covariance: Tensor) -> Tensor:
+    """R (F,r) with R R^T = S, r the rank of S."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    known = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    return vectors[:, known] * values[known].sqrt()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from biflow.config import check_fields, check_number
 from biflow.data import ImageData, in_range, spread
+from biflow.evaluate.bits import bounds
 from biflow.evaluate.classifier import FEATURES, Judge, train_judge
 from biflow.evaluate.frechet import frechet_distance
 from biflow.evaluate.precision_recall import precision_recall
@@ -26,7 +27,7 @@ class EvaluationConfig:
 
     samples: images drawn per way of decoding and guidance, their classes in equal shares.
     guidances: guidance strengths; those above a learned inverse's max_guidance are left out for it.
-    noise_draws: draws of the dequantisation noise that the bits per dim are averaged over.
+    noise_draws: draws of the dequantisation noise, over which the bounds on the bits per dim are taken.
     judge_steps: optimizer steps of the classifier that judges the samples.
     train_images, held_out_images: real images used at most of either split, evenly spaced.
     batch_size: images decoded at once, and samples that learned and exact outputs are compared on.
@@ -121,10 +122,11 @@ def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> di
     Returns:
         held_out_nats_per_dim: mean of -log p(x | y) / (T D) over the held-out images and `noise_draws` draws of
             x + bin_width U(-1/2, 1/2), labels given to a model with classes.
-        held_out_bits_per_dim: the same as `TarFlow.bits_per_dim`; None for data without bins. An upper bound on the
-            bits that the discrete pixels need (Theis et al. 2016, arXiv 1511.01844), also for a model trained with
-            Gaussian noise (noise_std > 0): its density is that of data convolved with N(0, noise_std^2), so the bound
-            is the looser the more noise_std exceeds the bin width.
+        held_out_bits_per_dim, ..._standard_error, ..._importance_weighted, ..._importance_weighted_standard_error: of
+            `bounds`, None for data without bins. A model trained with Gaussian noise (noise_std > 0) is evaluated in
+            the same way, at data with uniform noise of one bin: still upper bounds, on the bits by its density, which
+            is that of data convolved with N(0, noise_std^2) and so needs the more bits the more noise_std exceeds the
+            bin width.
         noise_draws, noise_std: as configured.
         denoising: of the samples, "score" or "none".
         round_trip_max_error: max |decode(encode(x)) - x| over the dequantised held-out images, without guidance.
@@ -134,24 +136,23 @@ def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> di
     device, y = _device(flow), _labels(flow, real.val_y)
     y = None if y is None else y.to(device)
     generator = torch.Generator().manual_seed(config.seed)
-    nats, error = [], 0.0
+    log_p, error = torch.empty(config.noise_draws, len(real.val_x), dtype=torch.float64), 0.0
     for draw in range(config.noise_draws):
         x = real.dequantised(generator).to(device)
         for rows in _parts(len(x), config.batch_size):
             part_y = None if y is None else y[rows]
             with torch.no_grad():
-                nats.append(-flow.log_prob(x[rows], part_y).double() / x[0].numel())
+                log_p[draw, rows] = flow.log_prob(x[rows], part_y).double().cpu()
                 if draw == 0:
                     back = flow.decode(flow.encode(x[rows], part_y)[0], part_y)
                     error = max(error, float((back - x[rows]).abs().max()))
     z, sample_y = noise(flow, config)
     few_z, few_y = (None if t is None else t[:50].to(device) for t in (z, sample_y))
     _, info = flow.decode(few_z, few_y, guidance=max(_usable(flow, config)), return_info=True)
-    mean = float(torch.cat(nats).mean())
-    bits = None if real.bin_width is None else mean / math.log(2) - math.log2(real.bin_width)
+    dims = real.val_x[0].numel()
     return {
-        "held_out_bits_per_dim": bits,
-        "held_out_nats_per_dim": mean,
+        **{f"held_out_bits_per_dim{name}": value for name, value in bounds(log_p, dims, real.bin_width).items()},
+        "held_out_nats_per_dim": -float(log_p.mean()) / dims,
         "noise_draws": config.noise_draws,
         "noise_std": flow.config.noise_std,
         "denoising": denoising(flow, flow, config),

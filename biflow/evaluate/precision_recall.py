@@ -5,14 +5,16 @@ from torch import Tensor
 
 from biflow.evaluate.features import check_features
 
-_ROWS = 512  # whose distances to all others are held at once
+TILE = 4096  # rows of either set whose distances are held at once
+COINCIDE = 1e-12  # squared distance, over that of the points to 0, that is rounding: fp32 features are coarser
 
 
 def precision_recall(real: Tensor, samples: Tensor, *, k: int = 3) -> tuple[float, float]:
     """Precision: the share of samples on the manifold of the real data; recall: that of real data on the samples'.
 
     The manifold of a set is the union of balls around its points, each as large as the distance to the k-th nearest
-    other point of the set (Kynkaanniemi et al. 2019, arXiv 1904.06991, section 2). Distances are Euclidean, float64.
+    other point of the set (Kynkaanniemi et al. 2019, arXiv 1904.06991, section 2). Distances are Euclidean, from matrix
+    products in float64, in tiles: memory grows with N + M. Points closer than 1e-6 of their length coincide.
 
     Args:
         real, samples: features (N, F) and (M, F), any floating dtype. Both numbers depend on N and M: compare only
@@ -37,10 +39,25 @@ def precision_recall(real: Tensor, samples: Tensor, *, k: int = 3) -> tuple[floa
 
 
 def _share_covered(points: Tensor, by: Tensor, k: int) -> float:
-    radius = torch.cat([_distances(part, by).kthvalue(k + 1, 1).values for part in by.split(_ROWS)])  # itself is first
-    covered = [(_distances(part, by) <= radius).any(1) for part in points.split(_ROWS)]
-    return float(torch.cat(covered).double().mean())
+    radius = torch.cat([_kth_nearest(part, by, k + 1) for part in by.split(TILE)])  # itself is the first
+    covered = points.new_zeros(len(points), dtype=torch.bool)
+    for inside, part in zip(covered.split(TILE), points.split(TILE), strict=True):
+        for centres, reach in zip(by.split(TILE), radius.split(TILE), strict=True):
+            inside |= (_squares(part, centres) <= reach).any(1)
+    return float(covered.double().mean())
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+def _kth_nearest(part: Tensor, by: Tensor, k: int) -> Tensor:
+    """Squared distances (n,) of points to the k-th nearest of `by`."""
+    nearest = part.new_empty(len(part), 0)
+    for centres in by.split(TILE):
+        found = torch.cat([nearest, _squares(part, centres)], 1)
+        nearest = found.topk(min(k, found.shape[1]), largest=False).values
+    return nearest.amax(1)
+
+
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances (n,m)."""
+    lengths = a.square().sum(1)[:, None] + b.square().sum(1)
+    squares = torch.addmm(lengths, a, b.T, alpha=-2)
+    return squares.masked_fill_(squares <= COINCIDE * lengths, 0.0)

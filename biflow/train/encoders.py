@@ -98,15 +98,23 @@ class PatchTokens(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
-def _dinov2(config: EncoderConfig, data: ImageData, grid: int) -> Encoder:
-    timm = frozen.library("timm", "representation")
-    name, size = config.model or DINOV2, config.size or DINOV2_SIZE
+def dinov2(name: str, weights: str | None, *, extra: str = "representation", option: str = "weights=PATH") -> nn.Module:
+    """timm's DINOv2 of that name, with the weights of a file, or of timm's cache or a download. Errors as `build`.
+
+    extra, option: of pip and of the command, for errors.
+    """
+    timm = frozen.library("timm", extra)
     check_choice("model", name.partition(".")[0], timm.list_models("*_dinov2"))
 
     def make(own: bool) -> nn.Module:  # dynamic: the table of positions has the size of the weights' own images
         return timm.create_model(name, pretrained=own, num_classes=0, dynamic_img_size=True)
 
-    model = frozen.with_weights(make, "timm", config.weights)
+    return frozen.with_weights(make, "timm", weights, option=option)
+
+
+def _dinov2(config: EncoderConfig, data: ImageData, grid: int) -> Encoder:
+    name, size = config.model or DINOV2, config.size or DINOV2_SIZE
+    model = dinov2(name, config.weights)
     patch = model.patch_embed.patch_size[0]
     if size % patch:
         raise ValueError(f"size: expected a multiple of {patch}, the patches of {name}, got {size}")

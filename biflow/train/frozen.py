@@ -77,8 +77,12 @@ def with_weights(
     path: str | None,
     part: str = "",
     rename: Callable[[str], str] = str,
+    option: str = "weights=PATH",
 ) -> nn.Module:
-    """make(True), with the library's weights; or make(False) with those of submodule `part` read from the file."""
+    """make(True), with the library's weights; or make(False) with those of submodule `part` read from the file.
+
+    option: how the user names a file, for the error without a network.
+    """
     if path is not None:
         model = make(False)
         load_weights(model.get_submodule(part), path, rename)
@@ -88,13 +92,13 @@ def with_weights(
     except Exception as error:  # the libraries' ways to fail at a download have nothing in common
         raise FileNotFoundError(
             f"expected weights in the cache of {library}, or a network to download them; got {type(error).__name__}: "
-            f"{error}. Offline, give a file that was downloaded elsewhere: weights=PATH"
+            f"{error}. Offline, give a file that was downloaded elsewhere: {option}"
         ) from error
 
 
 def load_weights(module: nn.Module, path: str, rename: Callable[[str], str] = str) -> None:
     """Read the module's weights from a file of tensors by name. What else the file has, a head for one, is not read."""
-    found = _read(Path(path).expanduser())
+    found = read_weights(Path(path).expanduser())
     wanted = module.state_dict()
     state = {}
     for own, tensor in wanted.items():
@@ -107,7 +111,8 @@ def load_weights(module: nn.Module, path: str, rename: Callable[[str], str] = st
     module.load_state_dict(state)
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a .safetensors or torch.save file by name. FileNotFoundError; ValueError: not a state dict."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
