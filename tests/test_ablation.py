@@ -45,6 +45,8 @@ def test_rows_share_flows_and_seeds_make_a_spread(study, monkeypatch):
     assert results["exact"][0]["held_out_bits_per_dim"] != results["exact"][1]["held_out_bits_per_dim"]
     assert {s["passes"] for s in results["exact"][0]["samples"]} == {2 * 3}
     assert {s["passes"] for s in results["learned"][0]["samples"]} == {1}
+    shared = "held_out_bits_per_dim"  # of the flow, which both rows have
+    assert [r[shared] for r in results["learned"]] == [r[shared] for r in results["exact"]]
     text = (out / "table.md").read_text()
     assert text == ablation.table(results)
     assert (out / "table.png").stat().st_size > 1000

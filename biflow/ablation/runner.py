@@ -188,7 +188,8 @@ def _evaluate(flow: TarFlow, rev: BiFlow | None, real: RealData, evaluation: Eva
     if rev is None:
         found = evaluate.evaluate_flow(flow, real, evaluation)
     else:
-        found = evaluate.evaluate_inverse(rev, flow, real, evaluation)
+        found = evaluate.evaluate_likelihood(flow, real, evaluation)
+        found |= evaluate.evaluate_inverse(rev, flow, real, evaluation)
     for samples in found["samples"]:
         samples["passes"] = _passes(flow, rev, samples["guidance"])
     return {"data": evaluate.describe_data(real), **found}

@@ -23,6 +23,7 @@ from biflow.evaluate.metrics import (
     describe_samples,
     evaluate_flow,
     evaluate_inverse,
+    evaluate_likelihood,
     noise,
     score_step,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "eager_decode_block",
     "evaluate_flow",
     "evaluate_inverse",
+    "evaluate_likelihood",
     "fit_temperature",
     "frechet_distance",
     "gaussian_distance",

@@ -116,8 +116,8 @@ def describe_data(real: RealData) -> dict:
     }
 
 
-def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> dict:
-    """The forward model and its exact inverse.
+def evaluate_likelihood(flow: TarFlow, real: RealData, config: EvaluationConfig) -> dict:
+    """The density of the held-out images.
 
     Returns:
         held_out_nats_per_dim: mean of -log p(x | y) / (T D) over the held-out images and `noise_draws` draws of
@@ -128,33 +128,47 @@ def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> di
             is that of data convolved with N(0, noise_std^2) and so needs the more bits the more noise_std exceeds the
             bin width.
         noise_draws, noise_std: as configured.
-        denoising: of the samples, "score" or "none".
-        round_trip_max_error: max |decode(encode(x)) - x| over the dequantised held-out images, without guidance.
-        sample_residual_max: largest certificate (`DecodeInfo.residual`) over decoded samples at the largest guidance.
-        samples: a list with one entry per guidance, see `describe_samples`.
     """
     device, y = _device(flow), _labels(flow, real.val_y)
-    y = None if y is None else y.to(device)
     generator = torch.Generator().manual_seed(config.seed)
-    log_p, error = torch.empty(config.noise_draws, len(real.val_x), dtype=torch.float64), 0.0
+    log_p = torch.empty(config.noise_draws, len(real.val_x), dtype=torch.float64)
     for draw in range(config.noise_draws):
-        x = real.dequantised(generator).to(device)
+        x = real.dequantised(generator)
         for rows in _parts(len(x), config.batch_size):
-            part_y = None if y is None else y[rows]
             with torch.no_grad():
-                log_p[draw, rows] = flow.log_prob(x[rows], part_y).double().cpu()
-                if draw == 0:
-                    back = flow.decode(flow.encode(x[rows], part_y)[0], part_y)
-                    error = max(error, float((back - x[rows]).abs().max()))
-    z, sample_y = noise(flow, config)
-    few_z, few_y = (None if t is None else t[:50].to(device) for t in (z, sample_y))
-    _, info = flow.decode(few_z, few_y, guidance=max(_usable(flow, config)), return_info=True)
+                part_y = None if y is None else y[rows].to(device)
+                log_p[draw, rows] = flow.log_prob(x[rows].to(device), part_y).double().cpu()
     dims = real.val_x[0].numel()
     return {
         **{f"held_out_bits_per_dim{name}": value for name, value in bounds(log_p, dims, real.bin_width).items()},
         "held_out_nats_per_dim": -float(log_p.mean()) / dims,
         "noise_draws": config.noise_draws,
         "noise_std": flow.config.noise_std,
+    }
+
+
+def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> dict:
+    """The forward model and its exact inverse.
+
+    Returns:
+        what `evaluate_likelihood` returns.
+        denoising: of the samples, "score" or "none".
+        round_trip_max_error: max |decode(encode(x)) - x| over the dequantised held-out images, without guidance.
+        sample_residual_max: largest certificate (`DecodeInfo.residual`) over decoded samples at the largest guidance.
+        samples: a list with one entry per guidance, see `describe_samples`.
+    """
+    device, y = _device(flow), _labels(flow, real.val_y)
+    x, error = real.dequantised(torch.Generator().manual_seed(config.seed)), 0.0
+    for rows in _parts(len(x), config.batch_size):
+        part, part_y = x[rows].to(device), None if y is None else y[rows].to(device)
+        with torch.no_grad():
+            back = flow.decode(flow.encode(part, part_y)[0], part_y)
+        error = max(error, float((back - part).abs().max()))
+    z, sample_y = noise(flow, config)
+    few_z, few_y = (None if t is None else t[:50].to(device) for t in (z, sample_y))
+    _, info = flow.decode(few_z, few_y, guidance=max(_usable(flow, config)), return_info=True)
+    return {
+        **evaluate_likelihood(flow, real, config),
         "denoising": denoising(flow, flow, config),
         "round_trip_max_error": error,
         "sample_residual_max": number(info.residual.max()),
