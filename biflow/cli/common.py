@@ -1,7 +1,7 @@
 """What the commands share: help texts, interrupts, and reading checkpoints and run folders."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -123,6 +123,33 @@ def picture_file(out: str) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
     return path
+
+
+def check_picture(path: Path, channels: int, more: str = "") -> None:
+    """ValueError: a .png of what has another number of channels than 1 or 3. more: what else to give."""
+    if path.suffix == ".png" and channels not in (1, 3):
+        raise ValueError(f"--out: expected {more}a file ending in .npz for latents of {channels} channels, got {path}")
+
+
+def write_bytes_npz(parts: "Iterable[Tensor]", count: int, y: "Tensor | None", path: Path) -> None:
+    """`count` images, in parts (n,C,H,W) uint8, as they come, and labels: as `write_npz`, but images stay bytes."""
+    import zipfile
+
+    import numpy as np
+
+    from biflow.files import replacing
+
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            for i, part in enumerate(parts):
+                array = part.permute(0, 2, 3, 1).contiguous().numpy()
+                if i == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *array.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(array.data)
+        if y is not None:
+            with archive.open("labels.npy", "w") as file:
+                np.lib.format.write_array(file, y.numpy())
 
 
 def write_npz(images: "Tensor", y: "Tensor | None", path: Path) -> None:

@@ -11,16 +11,18 @@ from biflow.cli.common import (
     DataSource,
     Device,
     Seed,
+    check_picture,
     data_config,
     examples,
     load_model,
     model_file,
     picture_file,
+    write_bytes_npz,
     write_npz,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -61,12 +63,19 @@ def sample(
         bool, typer.Option("--certify", help="Exact flow: print how exact the decode was; costs one encode.")
     ] = False,
     precision: Annotated[str, typer.Option("--precision", help="Of the decode: fp32 or bf16.")] = "fp32",
+    vae: Annotated[
+        str | None, typer.Option("--vae", help="Of a model of latents: the AutoencoderKL that makes images of them.")
+    ] = None,
+    vae_batch: Annotated[int, typer.Option("--vae-batch", min=1, help="With --vae: latents decoded at once.")] = 8,
+    vae_tile: Annotated[
+        int, typer.Option("--vae-tile", min=8, help="With --vae: side of the tiles that larger latents are decoded in.")
+    ] = 64,
     device: Device = "cpu",
 ) -> None:
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
-    A .npz holds images (N,H,W,C) fp32 in [-1, 1] (or latents, of any size) and labels (N,) int64: a file that --data
-    and data.source read.
+    A .npz holds images (N,H,W,C) fp32 in [-1, 1] and labels (N,) int64: a file that --data and data.source read. From a
+    model of latents, with --vae, images in uint8; without, the latents as the model has them.
     A seed draws the same noise for every device.
     """
     import torch
@@ -76,6 +85,9 @@ def sample(
 
     path = picture_file(out)
     model, where = load_model(checkpoint, device=device), local_device(device)
+    decoder = None if vae is None else _decoder(checkpoint, vae, device, vae_batch, vae_tile, precision)
+    if decoder is None:
+        check_picture(path, model.config.in_channels, "or --vae with the autoencoder, or ")
     y = _labels(model, label, n)
     if guidance is None:
         limit = getattr(model.config, "max_guidance", 0.0) or 1.0
@@ -110,7 +122,12 @@ def sample(
     bad = n - int(images.isfinite().flatten(1).all(1).sum())
     if bad:
         typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
-    _write(images, y, path)
+    if decoder is None:
+        _write(images, y, path)
+    elif path.suffix == ".npz":
+        write_bytes_npz(decoder(images), n, y, path)
+    else:
+        _write(torch.cat([part.float() / 127.5 - 1 for part in decoder(images)]), y, path)
     for line in _certificate(infos) if certify else []:
         typer.echo(line)
     typer.echo(f"{path}: {n} images")
@@ -340,6 +357,25 @@ def _score(
     return lambda x, y: score_step(forward, x, y)
 
 
+def _decoder(
+    checkpoint: str, vae: str, device: str, batch: int, tile: int, precision: str
+) -> "Callable[[Tensor], Iterator[Tensor]]":
+    """Latents (N,c,h,w) as the model draws them -> parts of images (n,C,H,W) uint8, by the autoencoder of --vae."""
+    import torch
+
+    from biflow import checkpoint as files
+    from biflow import latents
+
+    about = files.read(model_file(checkpoint)).metadata.get("latents")
+    if about is None:
+        raise ValueError(f"--vae: expected a model trained on latents of `biflow latents encode`, got {checkpoint}")
+    autoencoder = latents.load(vae, device)
+    latents.check_same(autoencoder, about["autoencoder"], vae)
+    shift, scale = (torch.tensor(about[name], dtype=torch.float32).view(-1, 1, 1) for name in ("shift", "scale"))
+    options = {"batch_size": batch, "tile": tile, "precision": precision}
+    return lambda x: latents.decode(autoencoder, x * scale + shift, **options)
+
+
 def _labels(model: "TarFlow | BiFlow", label: str, n: int) -> "Tensor | None":
     import torch
 
@@ -377,6 +413,7 @@ COMMANDS = (
             "biflow sample runs/flow --solver windowed --window 32 --tol 1e-4 --certify",
             "biflow sample runs/inverse/model.safetensors --n 1000 --seed 7 --out samples.npz",
             "biflow sample runs/noisy_inverse --flow runs/flow",
+            "biflow sample runs/latent_flow --vae models/vae --n 64 --out samples.png",
         ),
     ),
     (
