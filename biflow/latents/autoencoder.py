@@ -131,10 +131,15 @@ def decode(
     autoencoder.enable_tiling()
     autoencoder.disable_slicing()
     for part in latents.split(batch_size):
-        part = part.to(autoencoder.device, torch.float32)
-        with _autocast(part.device, precision):
-            images = autoencoder.decode(part).sample
-        yield images.float().nan_to_num_(-1.0).clamp_(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8).cpu()
+        yield _bytes(autoencoder, part, precision)  # a function: no batch is held while the next one is decoded
+
+
+def _bytes(autoencoder: "AutoencoderKL", latents: Tensor, precision: str) -> Tensor:
+    """One batch of `decode`."""
+    latents = latents.to(autoencoder.device, torch.float32)
+    with _autocast(latents.device, precision):
+        images = autoencoder.decode(latents).sample
+    return images.float().nan_to_num_(-1.0).clamp_(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8).cpu()
 
 
 def _config(cls: type, name: str, local: bool) -> tuple[dict[str, Any], dict[str, Any]]:
