@@ -270,6 +270,12 @@ def test_from_an_image_folder_to_images(place, tmp_path, capsys):
         assert data.load(DataConfig(source=str(out))).channels == 3
     assert sample(tmp_path / "flow", "--n", 4, "--vae", place / "vae", "--out", tmp_path / "grid.png") == 0
     assert (tmp_path / "grid.png").stat().st_size > 1000
+    words = ["distill", "digits_inverse", f"data.source={place / 'latents'}", "--flow", tmp_path / "flow", "--out", "x"]
+    assert cli.main([*map(str, words)]) == 2
+    assert "expected latents normalised as the model's (shift [" in capsys.readouterr().err
+    words = ["evaluate", tmp_path / "flow", "--data", place / "latents"]
+    assert cli.main([*map(str, words)]) == 2
+    assert "the channels of another set have other numbers" in capsys.readouterr().err
     words = ["evaluate", tmp_path / "flow", "--samples", 8, "--guidance", 0]
     capsys.readouterr()
     assert cli.main([*map(str, words)]) == 0
@@ -295,6 +301,8 @@ def test_sampling_wants_the_autoencoder_of_the_latents(place, flow, tmp_path, ca
     biflow.save(random_flow(flow[0].model), tmp_path / "plain.safetensors")
     assert sample(tmp_path / "plain.safetensors", "--vae", place / "vae") == 2
     assert "expected a model trained on latents" in capsys.readouterr().err
+    assert sample(flow[1], "--vae", place / "vae", "--vae-tile", 10) == 2
+    assert "a tile of 8, 12, 16, ...; got 8 and 10" in capsys.readouterr().err
     assert sample(flow[1], "--out", tmp_path / "grid.png") == 2
     assert "--vae with the autoencoder" in capsys.readouterr().err
     assert cli.main(["inpaint", str(flow[1]), "--half", "left", "--out", str(tmp_path / "grid.png")]) == 2
@@ -344,9 +352,9 @@ def test_tiles_make_nearly_the_same_image(place):
     assert (whole - tiled.flip(-1)).abs().mean() > 0.7 * whole.std()
     for tile, batch in ((6, 1), (10, 1), (8, 0)):
         with pytest.raises(ValueError, match="expected a batch of at least 1 and a tile of 8, 12, 16"):
-            next(iter(vae.decode(model, z, tile=tile, batch_size=batch)))
+            vae.decode(model, z, tile=tile, batch_size=batch)
     with pytest.raises(ValueError, match="expected 4 channels as the autoencoder has, got 3"):
-        next(iter(vae.decode(model, z[:, :3])))
+        vae.decode(model, z[:, :3])
 
 
 def test_decoded_images_are_written_as_they_come(tmp_path):

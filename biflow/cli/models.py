@@ -372,8 +372,12 @@ def _decoder(
     autoencoder = latents.load(vae, device)
     latents.check_same(autoencoder, about["autoencoder"], vae)
     shift, scale = (torch.tensor(about[name], dtype=torch.float32).view(-1, 1, 1) for name in ("shift", "scale"))
-    options = {"batch_size": batch, "tile": tile, "precision": precision}
-    return lambda x: latents.decode(autoencoder, x * scale + shift, **options)
+
+    def decode(x: "Tensor") -> "Iterator[Tensor]":
+        return latents.decode(autoencoder, x * scale + shift, batch_size=batch, tile=tile, precision=precision)
+
+    decode(torch.empty(0, len(scale), 1, 1))  # wrong options are told of before anything is drawn
+    return decode
 
 
 def _labels(model: "TarFlow | BiFlow", label: str, n: int) -> "Tensor | None":

@@ -3,7 +3,7 @@
 from biflow.data.encoded import EncodedImages
 from biflow.data.images import DataConfig, ImageData, Images, Quantisation, in_range, spread
 from biflow.data.latents import Latents
-from biflow.data.sources import is_encoded, load
+from biflow.data.sources import is_encoded, kind_of, load
 from biflow.data.stream import Batch, Stream
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Stream",
     "in_range",
     "is_encoded",
+    "kind_of",
     "load",
     "spread",
 ]

@@ -105,7 +105,6 @@ def encode(autoencoder: "AutoencoderKL", images: Tensor, precision: str = "fp32"
     return torch.stack([posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())], 1)
 
 
-@torch.no_grad()
 def decode(
     autoencoder: "AutoencoderKL", latents: Tensor, *, batch_size: int = 8, tile: int = 64, precision: str = "fp32"
 ) -> Iterator[Tensor]:
@@ -130,10 +129,11 @@ def decode(
     autoencoder.tile_latent_min_size, autoencoder.tile_sample_min_size = tile, tile * factor
     autoencoder.enable_tiling()
     autoencoder.disable_slicing()
-    for part in latents.split(batch_size):
-        yield _bytes(autoencoder, part, precision)  # a function: no batch is held while the next one is decoded
+    # no name holds a batch while the next one is decoded
+    return (_bytes(autoencoder, part, precision) for part in latents.split(batch_size))
 
 
+@torch.no_grad()
 def _bytes(autoencoder: "AutoencoderKL", latents: Tensor, precision: str) -> Tensor:
     """One batch of `decode`."""
     latents = latents.to(autoencoder.device, torch.float32)
