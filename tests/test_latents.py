@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ def test_latents_are_those_of_the_images_and_of_the_mirrored_images(place, momen
             assert np.abs(moments[:, side, 0] - want.mean.numpy()).max() < 1e-5
             assert np.abs(moments[:, side, 1] - want.std.numpy()).max() < 1e-5
     assert np.abs(moments[:, 1, 0] - moments[:, 0, 0][..., ::-1]).max() > 1e-2
+
+
+def test_the_documented_way_to_read_the_format(place, moments, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "latents.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    namespace = {}
+    monkeypatch.chdir(place)
+    exec(compile(code, "docs/latents.md", "exec"), namespace)
+    assert np.array_equal(namespace["moments"], moments[16:])
+    assert namespace["labels"].tolist() == [1] * 6
+    assert namespace["own"] == {"shift": [0.1] * 4, "scale": [2.0] * 4}
 
 
 def test_statistics_are_numpys(place, moments):
