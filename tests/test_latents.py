@@ -142,6 +142,16 @@ def test_goes_on_where_it_was_stopped(batches, place, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(place / "latents")
 
 
+def test_an_interrupted_command_says_how_it_goes_on(place, tmp_path, monkeypatch, capsys):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vae, "encode", stop)
+    words = ["latents", "encode", place / "images", "--vae", place / "vae", "--img-size", 16, "--out", tmp_path / "out"]
+    assert cli.main([*map(str, words), "--quiet"]) == 130
+    assert "stopped at 0 of 22 images; the same command goes on" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_killed_process_loses_a_shard_at_most(place, tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=encode, args=(place, tmp_path / "out"))
