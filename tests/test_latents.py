@@ -101,6 +101,14 @@ def test_half_precision_says_what_it_changes(place, moments, tmp_path, capsys):
     assert size == pytest.approx(COUNT * (2 * 2 * 4 * 8 * 8 * 2 + 8), abs=3 * 4096)
 
 
+def test_rounding_above_the_posteriors_own_noise_is_told_of(place, tmp_path, monkeypatch, capsys):
+    own, small = vae.encode, torch.tensor([1.0, 1e-6]).view(2, 1, 1, 1)
+    monkeypatch.setattr(vae, "encode", lambda *a: own(*a) * small)
+    report = encode(place, tmp_path / "half", dtype="fp16")
+    assert report["rounding"] > report["posterior_std"]
+    assert "fp16 changes the means by" in capsys.readouterr().err
+
+
 def test_corrupt_images_are_counted_and_named(place):
     found = stored.read_index(place / "latents")["corrupt"]
     assert sorted(found) == ["class0/000012.png", "class1/000003.png"]
@@ -203,6 +211,17 @@ def test_test_splits_of_arrays_stay_apart(place, tmp_path):
     assert torch.allclose(found.val_x.batch(), (z - 0.1) * 0.5, atol=1e-5)
     with pytest.raises(ValueError, match="flip: expected false with latents encoded without those of mirrored"):
         data.load(DataConfig(source=str(tmp_path / "out"), flip=True))
+
+
+def test_values_that_are_no_bytes_are_encoded_as_they_are(tmp_path):
+    """The digits, 0..16 as x = v / 8 - 1, by an autoencoder of gray images."""
+    tiny_latents.write_autoencoder(tmp_path / "vae", in_channels=1, out_channels=1)
+    config = latents.EncodingConfig(batch_size=600, mirrored=False, dtype="fp32")
+    latents.encode_images(DataConfig(), str(tmp_path / "vae"), tmp_path / "out", config, progress=False)
+    x = data.load(DataConfig(val_fraction=0.0)).train_x.batch(torch.arange(5))
+    want = vae.encode(vae.load(str(tmp_path / "vae")), x)[:, 0]
+    found = data.load(source(tmp_path, "out", posterior="mean")).train_x.batch(torch.arange(5))
+    assert torch.allclose(found * 2 + 0.1, want, atol=1e-5)
 
 
 def test_what_is_no_autoencoder_is_refused(place, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from biflow.config import check_fields
 from biflow.data import DataConfig, EncodedImages, ImageData, Stream, is_encoded
 from biflow.data import load as load_data
+from biflow.data.images import BYTES
 from biflow.data.latents import DTYPES, ENTRY, FORMAT, INDEX, read_index, read_shard, shard_digest, write_index
 from biflow.files import TEMPORARY, replacing
 from biflow.latents import autoencoder as vae
@@ -211,7 +212,7 @@ def _encode_split(
             for part in own:
                 pixels = stream.read(step).pixels
                 # bytes as everyone gives them to these autoencoders; other data as it is
-                x = pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else images.quantisation.values(pixels)
+                x = pixels.float() / 127.5 - 1 if images.quantisation == BYTES else images.quantisation.values(pixels)
                 exact = _both(model, x.to(model.device), config)
                 kept = exact.to(DTYPES[config.dtype])
                 if not kept.isfinite().all():
