@@ -294,7 +294,7 @@ def test_runs_keep_their_folder():
     flow, inverse = tiny_training.flow_config("images.npz"), tiny_training.inverse_config("images.npz")
     assert (runner._digest(flow), runner._digest(flow, inverse)) == ("4974d37e405a", "a8ba2fadd725")
     assert runner._digest(tiny_training.changed(flow, "data", workers=2, index="a.npz")) == "4974d37e405a"
-    for field, value in (("crop", "random"), ("exclude", "bad.txt"), ("seed", 1)):
+    for field, value in (("crop", "random"), ("exclude", "bad.txt"), ("posterior", "mean"), ("seed", 1)):
         assert runner._digest(tiny_training.changed(flow, "data", **{field: value})) != "4974d37e405a"
 
 

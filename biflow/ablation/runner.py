@@ -27,7 +27,7 @@ from biflow.train.runs import check_same, train_seconds
 PLACE = ("source", "index", "workers")  # fields of the data that may differ from one machine to the next
 # fields of the data that are newer than folders that runs are in, whose names do not change while these are at their
 # defaults; as with `representation` of a flow
-NEWER = ("crop", "channels", "classes", "exclude", "split", "image_key", "label_key")
+NEWER = ("crop", "channels", "classes", "exclude", "split", "image_key", "label_key", "normalize_latents", "posterior")
 
 
 @dataclass(frozen=True, kw_only=True)

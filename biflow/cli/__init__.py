@@ -1,5 +1,5 @@
 """The command line: `biflow train | distill | sample | calibrate | evaluate | score | info | classify | probe |
-inpaint | edit | interpolate | ablate | data | demo | bench`.
+inpaint | edit | interpolate | ablate | data | latents | demo | bench`.
 
 Exit codes: 0 done, 1 a failure at run time, 2 wrong usage, configuration, data or checkpoint, 130 interrupted
 (SIGINT), 143 terminated (SIGTERM).
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from biflow.cli import classification, data, editing, jobs, models, score, tools
+from biflow.cli import classification, data, editing, jobs, latents, models, score, tools
 from biflow.cli.common import HELP_OPTIONS, Interrupted, guarded, version
 
 # what biflow raises for input that it cannot take; any other exception is a failure at run time
@@ -48,10 +48,11 @@ for name, function, epilog in (
 ):
     app.command(name, epilog=epilog, context_settings=HELP_OPTIONS)(guarded(function))
 
-group = typer.Typer(help="Data sets.", no_args_is_help=True, rich_markup_mode=None, context_settings=HELP_OPTIONS)
-for name, function, epilog in data.COMMANDS:
-    group.command(name, epilog=epilog, context_settings=HELP_OPTIONS)(guarded(function))
-app.add_typer(group, name="data")
+for of, about, commands in (("data", "Data sets.", data.COMMANDS), ("latents", "Latents.", latents.COMMANDS)):
+    group = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None, context_settings=HELP_OPTIONS)
+    for name, function, epilog in commands:
+        group.command(name, epilog=epilog, context_settings=HELP_OPTIONS)(guarded(function))
+    app.add_typer(group, name=of)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

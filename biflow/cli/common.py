@@ -90,7 +90,7 @@ def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConf
 
     Of a source that the run was trained on, the run's own split, so that nothing it has seen counts as held out.
     """
-    from biflow.data import DataConfig, is_encoded
+    from biflow.data import DataConfig, is_encoded, kind_of
 
     own = _run_data(checkpoint)
     if source is None:
@@ -106,7 +106,34 @@ def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConf
         "split, and may include some that it was trained on",
         err=True,
     )
-    return DataConfig(source=source, img_size=img_size if is_encoded(source) else None)
+    more = {"img_size": img_size} if is_encoded(source) else {}
+    if own is not None and kind_of(source) == "latents":
+        more = {"normalize_latents": own.normalize_latents, "posterior": own.posterior}
+    config = DataConfig(source=source, **more)
+    check_latents(checkpoint, config)
+    return config
+
+
+def check_latents(checkpoint: str, config: "DataConfig") -> None:
+    """ValueError: a model of latents, and latents of another encoder, or normalised by other numbers."""
+    from biflow.checkpoint import read
+    from biflow.data import kind_of, load
+
+    own = read(model_file(checkpoint)).metadata.get("latents")
+    if own is None or kind_of(config.source) != "latents":
+        return
+    found = load(config).latents
+    if found["autoencoder"]["encoder_sha256"] != own["autoencoder"]["encoder_sha256"]:
+        names = own["autoencoder"]["name"], found["autoencoder"]["name"]
+        raise ValueError(
+            f"{config.source}: expected latents of the model's encoder, {names[0]}, got those of {names[1]}"
+        )
+    for name in ("shift", "scale"):
+        if found[name] != own[name]:
+            raise ValueError(
+                f"{config.source}: expected latents normalised as the model's ({name} {own[name]}), got {found[name]} "
+                f"(data.normalize_latents={config.normalize_latents}; the channels of another set have other numbers)"
+            )
 
 
 def own_data(checkpoint: str, source: str | None) -> bool:
@@ -123,6 +150,12 @@ def picture_file(out: str) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
     return path
+
+
+def check_picture(path: Path, channels: int, more: str = "") -> None:
+    """ValueError: a .png of what has another number of channels than 1 or 3. more: what else to give."""
+    if path.suffix == ".png" and channels not in (1, 3):
+        raise ValueError(f"--out: expected {more}a file ending in .npz for latents of {channels} channels, got {path}")
 
 
 def write_npz(images: "Tensor", y: "Tensor | None", path: Path) -> None:

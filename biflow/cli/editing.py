@@ -10,6 +10,7 @@ from biflow.cli.common import (
     Checkpoint,
     Device,
     Seed,
+    check_picture,
     data_config,
     examples,
     load_model,
@@ -111,6 +112,7 @@ def inpaint(
 
     path = picture_file(out)
     flow, learned = _models(checkpoint, inverse, device)
+    check_picture(path, flow.config.in_channels)
     options = _options(learned, guidance, precision, no_denoise, solver, window, tol)
     known = _mask(flow.config.img_size, mask, half, box)
     data = _data(flow, checkpoint, images)
@@ -173,6 +175,7 @@ def edit(
 
     path = picture_file(out)
     flow, learned = _models(checkpoint, inverse, device)
+    check_picture(path, flow.config.in_channels)
     options = _options(learned, guidance, precision, no_denoise, solver, window, tol)
     classes = flow.config.num_classes
     for name, value in (("--from", source), ("--to", target)):
@@ -219,6 +222,7 @@ def interpolate(
 
     path = picture_file(out)
     flow, learned = _models(checkpoint, inverse, device)
+    check_picture(path, flow.config.in_channels)
     options = _options(learned, guidance, precision, no_denoise, solver, window, tol)
     if label == "own":
         raise ValueError("--class: expected a class or none, got 'own'")

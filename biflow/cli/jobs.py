@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from biflow.cli.common import examples, load_model
+from biflow.cli.common import check_latents, examples, load_model
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG_OR_PRESET", help="A .yaml file, or the name of a preset.")]
 Overrides = Annotated[
@@ -50,6 +50,7 @@ def distill(
     from biflow.train import train_inverse
 
     settings = presets.training(config, overrides or (), "inverse")
+    check_latents(flow, settings.data)
     train_inverse(settings, load_model(flow, "TarFlow"), out, resume=resume, progress=not quiet)
     typer.echo(f"{out}/model.safetensors: trained; next: biflow sample {out}")
 

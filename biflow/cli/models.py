@@ -11,6 +11,7 @@ from biflow.cli.common import (
     DataSource,
     Device,
     Seed,
+    check_picture,
     data_config,
     examples,
     load_model,
@@ -64,13 +65,20 @@ def sample(
     arrays: Annotated[
         str, typer.Option("--format", metavar="float|adm", help="Of a .npz; adm: for evaluators, as ADM writes it.")
     ] = "float",
+    vae: Annotated[
+        str | None, typer.Option("--vae", help="Of a model of latents: the AutoencoderKL that makes images of them.")
+    ] = None,
+    vae_batch: Annotated[int, typer.Option("--vae-batch", min=1, help="With --vae: latents decoded at once.")] = 8,
+    vae_tile: Annotated[
+        int, typer.Option("--vae-tile", min=8, help="With --vae: side of the tiles that larger latents are decoded in.")
+    ] = 64,
     device: Device = "cpu",
 ) -> None:
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
-    A .npz holds images (N,H,W,C) fp32 in [-1, 1] (or latents, of any size) and labels (N,) int64; with --format adm
-    arr_0 (N,H,W,3) uint8, gray repeated, and arr_1 (N,) int64 labels, written batch by batch. --data and data.source
-    read both.
+    A .npz holds images (N,H,W,C) fp32 in [-1, 1] (or latents, as the model has them) and labels (N,) int64; with
+    --format adm, and always with --vae, arr_0 (N,H,W,3) uint8, gray repeated, and arr_1 (N,) int64 labels, written
+    batch by batch. --data and data.source read both.
     A seed draws the same noise for every device.
     """
     import torch
@@ -84,6 +92,9 @@ def sample(
     if arrays == "adm" and path.suffix != ".npz":
         raise ValueError(f"--format: expected adm only with --out FILE.npz, got {out!r}")
     model, where = load_model(checkpoint, device=device), local_device(device)
+    decoder = None if vae is None else _decoder(checkpoint, vae, device, vae_batch, vae_tile, precision)
+    if decoder is None:
+        check_picture(path, model.config.in_channels, "or --vae with the autoencoder, or ")
     y = _labels(model, label, n)
     if guidance is None:
         limit = getattr(model.config, "max_guidance", 0.0) or 1.0
@@ -118,10 +129,11 @@ def sample(
                 infos.extend(info)
                 yield drawn
 
-    if arrays == "adm":
-        write_adm(path, batches(), n, y)
+    pictures = batches() if decoder is None else decoder(torch.cat(list(batches())))
+    if path.suffix == ".npz" and (arrays == "adm" or decoder is not None):
+        write_adm(path, pictures, n, y)
     else:
-        _write(torch.cat(list(batches())), y, path)
+        _write(torch.cat([p.float() / 127.5 - 1 if decoder is not None else p for p in pictures]), y, path)
     bad = n - int(torch.cat(finite).sum())
     if bad:
         typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
@@ -358,6 +370,29 @@ def _score(
     return lambda x, y: score_step(forward, x, y)
 
 
+def _decoder(
+    checkpoint: str, vae: str, device: str, batch: int, tile: int, precision: str
+) -> "Callable[[Tensor], Iterator[Tensor]]":
+    """Latents (N,c,h,w) as the model draws them -> parts of images (n,C,H,W) uint8, by the autoencoder of --vae."""
+    import torch
+
+    from biflow import checkpoint as files
+    from biflow import latents
+
+    about = files.read(model_file(checkpoint)).metadata.get("latents")
+    if about is None:
+        raise ValueError(f"--vae: expected a model trained on latents of `biflow latents encode`, got {checkpoint}")
+    autoencoder = latents.load(vae, device)
+    latents.check_same(autoencoder, about["autoencoder"], vae)
+    shift, scale = (torch.tensor(about[name], dtype=torch.float32).view(-1, 1, 1) for name in ("shift", "scale"))
+
+    def decode(x: "Tensor") -> "Iterator[Tensor]":
+        return latents.decode(autoencoder, x * scale + shift, batch_size=batch, tile=tile, precision=precision)
+
+    decode(torch.empty(0, len(scale), 1, 1))  # wrong options are told of before anything is drawn
+    return decode
+
+
 def _labels(model: "TarFlow | BiFlow", label: str, n: int) -> "Tensor | None":
     import torch
 
@@ -396,6 +431,7 @@ COMMANDS = (
             "biflow sample runs/inverse/model.safetensors --n 1000 --seed 7 --out samples.npz",
             "biflow sample runs/inverse --n 50000 --format adm --out samples.npz --device cuda",
             "biflow sample runs/noisy_inverse --flow runs/flow",
+            "biflow sample runs/latent_flow --vae models/vae --n 64 --out samples.png",
         ),
     ),
     (

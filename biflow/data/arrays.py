@@ -5,7 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from biflow.data.labels import unused_class
 
 if TYPE_CHECKING:
     from biflow.data.encoded import EncodedImages
+    from biflow.data.latents import Latents
 
 NPZ_KEYS = "x_train [y_train] [x_test [y_test]], images [labels], or arr_0 [arr_1]"
 PAIRS = {"images": "labels", "arr_0": "arr_1", "x_train": "y_train"}  # arr_0, arr_1: as ADM names them
@@ -110,13 +111,14 @@ def _check_classes(path: Path, train: Tensor, test: Tensor | None) -> None:
 
 
 def assemble(
-    images: "Images | EncodedImages",
+    images: "Images | EncodedImages | Latents",
     labels: Tensor | None,
-    test: tuple[Images, Tensor | None] | None,
+    test: "tuple[Images | Latents, Tensor | None] | None",
     config: DataConfig,
     class_names: tuple[str, ...],
+    **more: Any,
 ) -> ImageData:
-    """A data set and its split: `test` (images, labels), or held out as `config` says."""
+    """A data set and its split: `test` (images, labels), or held out as `config` says. more: fields of `ImageData`."""
     train_y, (val_x, val_y) = labels, test or (None, None)
     if test is None:
         train, held_out = split_indices(len(images), labels, config.val_fraction, config.seed)
@@ -134,4 +136,5 @@ def assemble(
         img_size=images.img_size,
         levels=quantisation.levels,
         bin_width=quantisation.bin_width,
+        **more,
     )

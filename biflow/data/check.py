@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from biflow.data.decode import CorruptImage, open_image
 from biflow.data.images import DataConfig, ImageData
+from biflow.data.latents import read_index, read_shard, shard_digest
 from biflow.data.records import Records
 from biflow.data.sources import Listing, check_kind, list_images, load
 
@@ -34,7 +36,8 @@ def check(config: DataConfig, *, duplicates: bool = False, progress: bool = True
     The report, numbers and texts only: kind, images (that can be decoded), corrupt, corrupt_examples, classes (name ->
     images that can be decoded; or None), bytes, sizes (of the images: smallest, median, largest width and height),
     modes (Pillow's: "RGB", "L", ...), excluded, unreadable_shards; with `duplicates`: duplicates, how many images have
-    the bytes of an earlier one, and duplicate_examples. Of arrays: kind, images, held_out, classes, img_size, channels.
+    the bytes of an earlier one, and duplicate_examples. Of arrays and latents: kind, images, held_out, classes,
+    img_size, channels; of latents also unreadable_shards, whose SHA-256 is not the one in latents.json.
 
     Args:
         config: of the data; img_size may be None. workers: processes that decode.
@@ -44,10 +47,11 @@ def check(config: DataConfig, *, duplicates: bool = False, progress: bool = True
         As `load`; but a corrupt image or shard is not an error, nor is a class all of whose images are corrupt.
     """
     kind = check_kind(config)
-    if kind in ("digits", "npz"):
+    if kind in ("digits", "npz", "latents"):
         if duplicates:
             raise ValueError(f"--duplicates: expected encoded images, got {config.source}")
-        return {"kind": kind, **_arrays(load(config))}, []
+        broken = {"unreadable_shards": _damaged(config, progress)} if kind == "latents" else {}
+        return {"kind": kind, **_arrays(load(config)), **broken}, []
     found = list_images(config)
     report, lines = _encoded(found, config.workers, duplicates, progress)
     return {"kind": kind, **report}, lines
@@ -65,6 +69,17 @@ def _arrays(data: ImageData) -> dict[str, Any]:
         "img_size": data.img_size,
         "channels": data.channels,
     }
+
+
+def _damaged(config: DataConfig, progress: bool) -> list[str]:
+    """The shards of latents that do not hold what was written."""
+    folder = Path(config.source).expanduser()
+    shards = read_index(folder).get("shards", ())
+    return [
+        shard["file"]
+        for shard in tqdm(shards, desc="check", unit="shard", disable=not progress)
+        if shard_digest(read_shard(folder / shard["file"])[1]) != shard["sha256"]
+    ]
 
 
 def _encoded(found: Listing, workers: int, duplicates: bool, progress: bool) -> tuple[dict[str, Any], list[str]]:

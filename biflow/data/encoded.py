@@ -171,6 +171,11 @@ class EncodedImages:
         return total.hexdigest()
 
     @property
+    def varies(self) -> bool:
+        """Whether what training sees of an image depends on the step."""
+        return self.random_crop
+
+    @property
     def held(self) -> bool:
         """Whether the pixels of all images are held in memory."""
         return self._cache is not None and bool(self._cached.all())

@@ -13,9 +13,12 @@ from biflow.config import check_fields
 
 if TYPE_CHECKING:
     from biflow.data.encoded import Corrupt, EncodedImages
+    from biflow.data.latents import Latents
 
 
 CROPS = ("center", "random")
+LATENT_NORMALIZATIONS = ("scaling", "channels")
+POSTERIORS = ("sample", "mean")
 PIXEL_CHANNELS = (1, 3)  # gray, RGB; arrays with another number of channels are latents
 
 
@@ -30,11 +33,12 @@ class DataConfig:
 
     source: "digits" (scikit-learn's, 8x8); the path of a .npz file, of an image folder, of WebDataset shards (a folder,
         a .tar file, a pattern such as "train-{000..127}.tar" or "*.tar") or of a Hugging Face data set (a folder of
-        `save_to_disk` or of parquet files, a .parquet file); "hf:NAME", a data set of the hub. See `load`.
+        `save_to_disk` or of parquet files, a .parquet file); "hf:NAME", a data set of the hub; a folder of latents. See
+        `load`.
     img_size: side of the square images; required where images lie encoded (folders, shards, Hugging Face), which are
         resized and cropped to it; None otherwise.
     val_fraction: share held out, class by class, where the source has no test split of its own.
-    flip: train with random horizontal flips.
+    flip: train with random horizontal flips; of latents, with those of mirrored images in half of the cases.
     seed: of the split.
     crop: what training sees of an encoded image, as ADM does it: "center"; "random": a random square of the image
         resized so that the square is at least 0.8 of its shorter side. Held-out images are always centre crops.
@@ -49,7 +53,15 @@ class DataConfig:
     image_key, label_key: of a Hugging Face data set: columns; of shards: extensions, such as "jpg" and "cls", or
         "json.KEY" for a label. None: the only images; labels where they usually are.
     index: the file that keeps the index of shards; None: one beside the first shard.
-    workers: processes that decode training images ahead of time; the result does not depend on it. 0: none.
+    workers: processes that decode training images, or read latents, ahead of time; the result does not depend on it.
+        0: none.
+
+    Of latents only:
+    normalize_latents: x = (z - shift) / scale of a latent z. "scaling": by the autoencoder's shift_factor and
+        scaling_factor, x = (z - shift_factor) scaling_factor, or by its latents_mean and latents_std if it has them;
+        "channels": by the mean and the standard deviation of each channel over the whole set.
+    posterior: "sample": every step draws z from the autoencoder's posterior anew, held-out images have one draw;
+        "mean": z is its mean.
     """
 
     source: str = "digits"
@@ -66,6 +78,8 @@ class DataConfig:
     label_key: str | None = None
     index: str | None = None
     workers: int = 0
+    normalize_latents: str = "scaling"
+    posterior: str = "sample"
 
     def __post_init__(self):
         check_fields(self)
@@ -79,6 +93,9 @@ class DataConfig:
             raise ValueError(f"seed: expected 0 or more, got {self.seed}")
         if self.crop not in CROPS:
             raise ValueError(f"crop: expected one of {', '.join(CROPS)}, got {self.crop!r}")
+        for name, choices in (("normalize_latents", LATENT_NORMALIZATIONS), ("posterior", POSTERIORS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.channels not in (None, *PIXEL_CHANNELS):
             raise ValueError(f"channels: expected 1, 3 or None, got {self.channels}")
         if self.workers < 0:
@@ -150,12 +167,15 @@ class ImageData:
     num_classes, class_names: 0 and () without labels.
     channels, img_size: C, and H = W.
     levels, bin_width: number of pixel values and their distance in x; None for images stored as floats.
-    fingerprint: SHA-256 (hex) over the names and labels of encoded images in their order; None for arrays.
-    corrupt: which encoded images were found corrupt so far; None for arrays.
+    fingerprint: SHA-256 (hex) over the names and labels of encoded images in their order, or over all latents; None for
+        arrays.
+    corrupt: which encoded images were found corrupt so far; None for arrays and latents.
+    latents: what decodes latents, JSON values: img_size of the images, autoencoder (its config and SHA-256), shift and
+        scale of z = x scale + shift, a number a channel; None for anything else.
     """
 
-    train_x: "Images | EncodedImages"
-    val_x: "Images | EncodedImages"
+    train_x: "Images | EncodedImages | Latents"
+    val_x: "Images | EncodedImages | Latents"
     train_y: Tensor | None
     val_y: Tensor | None
     num_classes: int
@@ -166,6 +186,7 @@ class ImageData:
     bin_width: float | None
     fingerprint: str | None = None
     corrupt: "Corrupt | None" = None
+    latents: dict | None = None
 
 
 def split_indices(count: int, labels: Tensor | None, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Where images come from: digits, .npz files, and encoded images in folders, shards and Hugging Face data sets.
+"""Where images come from: digits, .npz files, latents, encoded images in folders, shards, Hugging Face data sets.
 
 Each source checks what it read and names the file in errors.
 """
@@ -19,16 +19,18 @@ from biflow.data.arrays import assemble, read_npz
 from biflow.data.encoded import encoded, listed
 from biflow.data.images import DIGITS, DataConfig, ImageData, Images
 from biflow.data.labels import kept_rows, numbered
+from biflow.data.latents import is_latents, read_latents
 from biflow.data.records import Files, Names, Records
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 KINDS = {".npz": "npz", ".tar": "shards", ".parquet": "table"}  # of files, and patterns of files
-EXPECTED = "'digits', a .npz file, a folder of images, .tar shards, or a Hugging Face data set"
+EXPECTED = "'digits', a .npz file, a folder of images or of latents, .tar shards, or a Hugging Face data set"
 # fields of DataConfig that a kind of source takes beside those that all do
 ENCODED = {"crop", "channels", "classes", "exclude", "workers"}
 TAKES = {
     "digits": set(),
     "npz": set(),
+    "latents": {"normalize_latents", "posterior", "workers"},
     "folder": ENCODED,
     "shards": ENCODED | {"image_key", "label_key", "index"},
     "table": ENCODED | {"split", "image_key", "label_key"},
@@ -52,7 +54,7 @@ class Listing:
 
 
 def kind_of(source: str) -> str:
-    """What a source is, by its name or by what lies in the folder: "digits", "npz", "folder", "shards" or "table".
+    """What a source is, by its name or what lies in a folder: "digits", "npz", "latents", "folder", "shards", "table".
 
     Raises:
         FileNotFoundError: no such path, and no suffix says what it is. ValueError: a file of another kind.
@@ -63,6 +65,8 @@ def kind_of(source: str) -> str:
         return "table"
     path = Path(source).expanduser()
     if path.is_dir():
+        if is_latents(path):
+            return "latents"
         if tables.is_saved(path) or tables.has_parquet(path):
             return "table"
         return "shards" if shards.shard_paths(source) and not _folders(path) + _image_names(path) else "folder"
@@ -87,6 +91,8 @@ def load(config: DataConfig) -> ImageData:
             arr_1); images (N,H,W) or (N,H,W,1|3), square, uint8 (v -> (v + 0.5) / 128 - 1) or floating point in
             [-1, 1]; labels (N,) integers 0..K-1, each of them in use. Floating-point arrays (N,H,W,C) of another C are
             latents of an autoencoder: any finite values, used as stored. Never unpickled.
+        latents: a folder of `biflow latents encode` (docs/latents.md): posteriors of an autoencoder, memory-mapped, see
+            `Latents`.
         folder: images in one sub-folder per class (classes in the order of the sub-folders' names), or directly in
             the folder (no labels); hidden files and other suffixes are passed over.
         *.tar: WebDataset shards; a sample's label is its .cls or the "label" of its .json.
@@ -108,6 +114,8 @@ def load(config: DataConfig) -> ImageData:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file")
         return read_npz(path, config)
+    if kind == "latents":
+        return read_latents(config)
     found = list_images(config)
     if config.img_size is None:
         raise ValueError(f"{config.source}: expected img_size with encoded images (they are resized to it), got None")

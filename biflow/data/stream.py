@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from biflow.data.encoded import Decoder, EncodedImages
 from biflow.data.images import Images
+from biflow.data.latents import Latents
 
 AHEAD = 2  # batches that a worker may be ahead
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -20,11 +21,15 @@ _started: weakref.WeakSet = weakref.WeakSet()  # streams that have had workers
 
 
 class Batch(NamedTuple):
-    """indices: (n,) int64, which images. pixels: (n,C,H,W) as stored; replaced: how many of them are corrupt."""
+    """indices: (n,) int64, which images. pixels: (n,C,H,W) as stored; replaced: how many of them are corrupt.
+
+    turned: (n,) bool, which of them come mirrored; None: none, it is left to whoever trains on them.
+    """
 
     indices: Tensor
     pixels: Tensor
     replaced: int
+    turned: Tensor | None = None
 
 
 class Stream:
@@ -32,7 +37,7 @@ class Stream:
 
     def __init__(
         self,
-        images: Images | EncodedImages,
+        images: Images | EncodedImages | Latents,
         indices: Callable[[int], Tensor],
         steps: int,
         *,
@@ -40,19 +45,20 @@ class Stream:
     ):
         """indices: step -> (n,) int64, for 0 ... steps - 1.
 
-        seed: of random crops, where `images` has them; None: the centres of the images.
+        seed: of random crops, where `images` has them; None: the centres of the images. Of latents: of draws of the
+            posterior and of mirrored ones; None: the same draw every time, none mirrored.
         """
         self.images, self.indices, self.steps = images, indices, steps
-        encoded = isinstance(images, EncodedImages)
-        self.seed = seed if encoded and images.random_crop else None
-        self.workers = images.workers if encoded else 0
+        by_number = not isinstance(images, Images)
+        self.seed = seed if by_number and images.varies else None
+        self.workers = images.workers if by_number else 0
         self._ready: Iterator | None = None
         self._next = -1
 
     def read(self, step: int) -> Batch:
         """The batch of a step; steps that follow each other are decoded ahead. Errors as `Decoder.decode`."""
         images = self.images
-        if not isinstance(images, EncodedImages):
+        if isinstance(images, Images):
             indices = self.indices(step)
             return Batch(indices, images.pixels[indices], 0)
         if not self.workers or (self._ready is None and images.held):
@@ -68,7 +74,8 @@ class Stream:
                 raise found
             indices, missing = self._planned.popleft()
             self._next = step + 1
-        return Batch(indices, images.complete(indices, missing, *found), images.replaced(indices))
+        turned = images.turned(indices.tolist(), self.seed, step) if isinstance(images, Latents) else None
+        return Batch(indices, images.complete(indices, missing, *found), images.replaced(indices), turned)
 
     def close(self) -> None:
         """End the workers."""
@@ -108,7 +115,7 @@ class Stream:
 class _Tasks(Dataset):
     """A dataset whose items are what `Decoder.decode` makes of the arguments that stand in the place of an index."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder | Latents):
         self.decoder = decoder
 
     def __getitem__(self, task: tuple[list[int], int, int | None]) -> tuple[Tensor, list[tuple[int, str]]] | Exception:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from biflow.config import check_fields
-from biflow.data import EncodedImages, ImageData, Images, spread
+from biflow.data import EncodedImages, ImageData, Images, Latents, spread
 from biflow.evaluate.features import check_features
 from biflow.models import TarFlow
 
@@ -92,7 +92,7 @@ def probe_flow(
 @torch.no_grad()
 def pooled_features(
     flow: TarFlow,
-    images: Images | EncodedImages,
+    images: Images | EncodedImages | Latents,
     rows: Tensor,
     features: Collection[tuple[int, int]],
     batch_size: int,

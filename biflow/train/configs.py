@@ -408,7 +408,7 @@ class InverseTraining:
         if labels and self.model.in_channels not in PIXEL_CHANNELS:
             raise ValueError(
                 "perceptual: expected images of 1 or 3 channels, got model.in_channels "
-                f"{self.model.in_channels}: latents would have to be decoded to pixels first, which biflow does not do"
+                f"{self.model.in_channels}: latents would have to be decoded to pixels, which training does not do"
             )
         if self.model.max_guidance and not self.label_drop:
             raise ValueError("label_drop: expected more than 0 with max_guidance, which needs an unconditional output")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from biflow.data import EncodedImages, Images, Stream
+from biflow.data import EncodedImages, Images, Latents, Stream
 from biflow.files import replacing
 
 
@@ -34,7 +34,7 @@ class FeatureCache:
     def __init__(
         self,
         folder: Path,
-        images: Images | EncodedImages,
+        images: Images | EncodedImages | Latents,
         made_from: dict,
         *,
         flip: bool,
@@ -62,23 +62,26 @@ class FeatureCache:
         return torch.from_numpy(self.rows[rows.cpu().numpy()])
 
     def _write(
-        self, images: Images | EncodedImages, shape: tuple, encode: Callable, batch: int, progress: bool
+        self, images: Images | EncodedImages | Latents, shape: tuple, encode: Callable, batch: int, progress: bool
     ) -> None:
-        parts = [(turned, part) for turned in range(shape[0]) for part in torch.arange(shape[1]).split(batch)]
+        parts = torch.arange(shape[1]).split(batch)
 
         def full(step: int) -> Tensor:  # the last one too: its size may change the last bits
-            part = parts[step][1]
+            part = parts[step]
             return part[torch.arange(batch) % len(part)]
 
-        with (
-            replacing(self.path) as temporary,
-            temporary.open("wb") as file,
-            contextlib.closing(Stream(images, full, len(parts))) as stream,
-        ):
+        bar = tqdm(total=shape[0] * len(parts), desc="features", unit="batch", disable=not progress)
+        with replacing(self.path) as temporary, temporary.open("wb") as file, bar:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
-            for step, (turned, part) in enumerate(tqdm(parts, desc="features", unit="batch", disable=not progress)):
-                x = images.quantisation.values(stream.read(step).pixels)
-                file.write(encode(x.flip(-1) if turned else x)[: len(part)].cpu().numpy().tobytes())
+            for turned in range(shape[0]):
+                latents = isinstance(images, Latents)  # those of a mirrored image are not its latents, mirrored
+                source = images.mirrored() if latents and turned else images
+                with contextlib.closing(Stream(source, full, len(parts))) as stream:
+                    for step, part in enumerate(parts):
+                        x = images.quantisation.values(stream.read(step).pixels)
+                        x = x.flip(-1) if turned and not latents else x
+                        file.write(encode(x)[: len(part)].cpu().numpy().tobytes())
+                        bar.update()
 
 
 def _open(path: Path, shape: tuple) -> np.ndarray | None:

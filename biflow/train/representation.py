@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biflow import checkpoint
-from biflow.data import ImageData
+from biflow.data import ImageData, Latents
 from biflow.models import TarFlow
 from biflow.models.pseudo_reverse import detached_features, pseudo_reverse
 from biflow.train import encoders
@@ -72,6 +72,11 @@ class Representation:
         own, model, seed = config.representation, config.model, config.run.seed
         self.config, self.own, self.data = config, own, data
         self.device = config.run.torch_device()
+        if own.cache_features and isinstance(data.train_x, Latents) and data.train_x.posterior == "sample":
+            raise ValueError(
+                "representation.cache_features: expected false with data.posterior 'sample', since every step sees "
+                f"another draw of a latent (data.posterior=mean can be cached), got {own.cache_features!r}"
+            )
         self.pairs = own.pairs(model)
         grid = model.img_size // model.patch_size
         self.encoder, width = encoders.build(own.encoder, data, grid, seed)

@@ -122,7 +122,11 @@ class Trainer:
         except (FileNotFoundError, ValueError):
             written = None
         if written != checkpoint.fingerprint(self.average.model):
-            checkpoint.save(self.average.model, path, {"step": self.step})
+            checkpoint.save(self.average.model, path, self._about())
+
+    def _about(self) -> dict[str, Any]:
+        """The metadata of model files: of a flow of latents also what decodes them."""
+        return {"step": self.step, **({} if self.data.latents is None else {"latents": self.data.latents})}
 
     def save(self) -> None:
         """Write checkpoints/step_XXXXXXXX/{model,state}.safetensors."""
@@ -137,7 +141,7 @@ class Trainer:
             if self.data.fingerprint is not None:
                 metadata["data_sha256"] = self.data.fingerprint
             checkpoint.write(folder / "state.safetensors", STATE_KIND, tensors, self.mapping, metadata)
-            checkpoint.save(self.average.model, folder / "model.safetensors", {"step": self.step})
+            checkpoint.save(self.average.model, folder / "model.safetensors", self._about())
 
         if self.data.corrupt:
             self.data.corrupt.write(self.out / "corrupt.txt")
@@ -188,7 +192,9 @@ class Trainer:
         batch = self.stream.read(self.step)
         x, y = self._images(batch, self.data.train_y)
         rows = batch.indices
-        if self.config.data.flip:
+        if batch.turned is not None:  # the data has mirrored images of its own
+            rows = rows + len(self.data.train_x) * batch.turned
+        elif self.config.data.flip:
             turned = torch.rand(len(x), generator=self.generator, device=self.device) < 0.5
             x = torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x)
             rows = rows.to(self.device) + len(self.data.train_x) * turned
