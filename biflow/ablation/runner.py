@@ -249,6 +249,8 @@ def _digest(flow: FlowTraining, inverse: InverseTraining | None = None) -> str:
     named = _without_place({k: to_mapping(c) for k, c in (("flow", flow), ("inverse", inverse)) if c is not None})
     if flow.representation is None:
         del named["flow"]["representation"]
+    if inverse is not None and inverse.decoder is None:
+        del named["inverse"]["decoder"]
     plain = to_mapping(DataConfig())
     for stage in named.values():
         stage["data"] = {k: v for k, v in stage["data"].items() if k not in NEWER or v != plain[k]}

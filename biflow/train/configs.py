@@ -374,7 +374,9 @@ class InverseTraining:
     guidance_draw: how guidance strengths w in [0, model.max_guidance] are drawn, with u ~ U(0, 1): "uniform":
         w = u max_guidance. "log_uniform": w = expm1(u log1p(max_guidance)), whose 1 + w is log-uniform. The paper does
         not say; both are choices of ours.
-    perceptual: terms on the output as an image, beside those of `alignment`. The data has to be images, not latents.
+    perceptual: terms on the output as an image, beside those of `alignment`.
+    decoder: the AutoencoderKL by which these terms see latents, a folder or its name on the hub, as `biflow latents
+        encode --vae`; for terms on latents alone.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -385,6 +387,7 @@ class InverseTraining:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     guidance_draw: str = "uniform"
     perceptual: tuple[PerceptualConfig, ...] = ()
+    decoder: str | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -405,11 +408,14 @@ class InverseTraining:
         labels = [term.label for term in self.perceptual]
         if len(set(labels)) < len(labels):
             raise ValueError(f"perceptual: expected terms of different names (name=), got {', '.join(labels)}")
-        if labels and self.model.in_channels not in PIXEL_CHANNELS:
+        latents = self.model.in_channels not in PIXEL_CHANNELS
+        if labels and latents and self.decoder is None:
             raise ValueError(
-                "perceptual: expected images of 1 or 3 channels, got model.in_channels "
-                f"{self.model.in_channels}: latents would have to be decoded to pixels, which training does not do"
+                "decoder: expected the autoencoder by which perceptual terms see latents (model.in_channels "
+                f"{self.model.in_channels}), got None"
             )
+        if self.decoder is not None and not (labels and latents):
+            raise ValueError(f"decoder: expected None but for perceptual terms on latents, got {self.decoder!r}")
         if self.model.max_guidance and not self.label_drop:
             raise ValueError("label_drop: expected more than 0 with max_guidance, which needs an unconditional output")
 

@@ -5,12 +5,13 @@ Source: BiFlow (arXiv 2512.10953) adds LPIPS and ConvNeXt-V2 features to its los
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from biflow import checkpoint
+from biflow import checkpoint, latents
 from biflow.data import ImageData
 from biflow.data.images import PIXEL_CHANNELS
 from biflow.train import backbones
@@ -56,27 +57,51 @@ def _direction(f: Tensor) -> Tensor:
     return f * (f.square().sum(1, keepdim=True) + LENGTH_FLOOR).rsqrt()
 
 
+class Pixels(nn.Module):
+    """Latents x as the data yields them -> images, by the frozen autoencoder that made the latents z = x scale + shift.
+
+    Differentiable; the decoder's activations are computed again in the backward pass, since they are large.
+    """
+
+    def __init__(self, source: str, data: ImageData):
+        super().__init__()
+        if data.latents is None:
+            raise ValueError("decoder: expected data made by `biflow latents encode`, got others, of unknown scale")
+        self.autoencoder = latents.load(source)
+        latents.check_same(self.autoencoder, data.latents["autoencoder"], source)
+        self.autoencoder.enable_gradient_checkpointing()
+        self.factor = latents.downsampling(self.autoencoder.config)
+        for name in ("shift", "scale"):
+            self.register_buffer(name, torch.tensor(data.latents[name], dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,c,h,w) -> (B,C,H,W), nothing clamped."""
+        return self.autoencoder.decode(x * self.scale + self.shift).sample
+
+
 class Perceptual:
     """The perceptual terms of a run: config.perceptual, with their backbones on the run's device.
 
-    The backbones are frozen and belong to no checkpoint. `prepare` has to be called before `loss`.
+    Latents are decoded first, by config.decoder. Backbones and decoder are frozen and belong to no checkpoint.
+    `prepare` has to be called before `loss`.
 
     Args:
         config: of the run. data: what a classifier is trained on, and what the images look like.
 
     Raises:
-        ValueError: data that are not images of 1 or 3 channels, a backbone that does not take them; and as
-        `backbones.build`.
+        ValueError: data that are not images of 1 or 3 channels or latents that the decoder's encoder made, a backbone
+        that does not take them, a classifier of latents; and as `backbones.build`, `latents.load`.
     """
 
     def __init__(self, config: InverseTraining, data: ImageData):
-        if config.perceptual and data.channels not in PIXEL_CHANNELS:
-            raise ValueError(
-                f"perceptual: expected images of 1 or 3 channels, got latents of {data.channels}, which would have to "
-                "be decoded to pixels first"
-            )
-        self.config, self.data = config, data
+        self.config, self.data, self.pixels = config, data, None
         self.device = config.run.torch_device()
+        if config.perceptual and data.channels not in PIXEL_CHANNELS:
+            if any(term.backbone == "classifier" for term in config.perceptual):
+                raise ValueError("backbone: expected another than the classifier with latents: it is trained on images")
+            self.pixels = Pixels(config.decoder, data)
+            channels = self.pixels.autoencoder.config.out_channels
+            data = replace(data, channels=channels, img_size=data.img_size * self.pixels.factor)
         self.backbones = [backbones.build(term, data, config.run.seed) for term in config.perceptual]
         for backbone in self.backbones:
             _try(backbone, data)
@@ -86,7 +111,7 @@ class Perceptual:
         """Move the backbones to the device and train classifiers, kept in the run folder `out` and read from there.
 
         Returns:
-            name of a term -> SHA-256 of its backbone: a run is resumed with the same ones only.
+            name of a term -> SHA-256 of its backbone, and of "the decoder": a run is resumed with the same ones only.
         """
         for backbone in self.backbones:
             backbone.to(self.device)
@@ -94,7 +119,11 @@ class Perceptual:
                 run, flip = self.config.run, self.config.data.flip
                 backbones.prepare_classifier(backbone, self.data, out, seed=run.seed, flip=flip, progress=progress)
         self.ready = True
-        return {backbone.config.label: checkpoint.fingerprint(backbone) for backbone in self.backbones}
+        found = {backbone.config.label: checkpoint.fingerprint(backbone) for backbone in self.backbones}
+        if self.pixels is not None:
+            self.pixels.to(self.device)
+            found["the decoder"] = latents.describe(self.pixels.autoencoder, self.config.decoder)["sha256"]
+        return found
 
     def loss(
         self, prediction: Tensor, target: Tensor, generator: torch.Generator, alignment: AlignmentConfig
@@ -106,7 +135,7 @@ class Perceptual:
         the backbone runs under the caller's autocast, since it is what costs.
 
         Args:
-            prediction, target: images (B,C,S,S). Only the prediction has a gradient.
+            prediction, target: images (B,C,S,S), or latents. Only the prediction has a gradient.
             generator: source of the boxes, on the images' device.
 
         Returns:
@@ -115,6 +144,10 @@ class Perceptual:
         if not self.ready:
             raise RuntimeError("perceptual: expected prepare() to be called before loss()")
         loss, errors = prediction.new_zeros(()), {}
+        if self.pixels is not None:
+            with torch.no_grad():
+                target = self.pixels(target)
+            prediction = self.pixels(prediction)
         for backbone in self.backbones:
             term = backbone.config
             distance = _distance(backbone, prediction, target, generator)
