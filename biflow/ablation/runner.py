@@ -20,13 +20,17 @@ from biflow.evaluate import EvaluationConfig, RealData
 from biflow.files import replacing
 from biflow.models import BiFlow, TarFlow
 from biflow.report import environment
-from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse
+from biflow.train import FlowTraining, InverseTraining, RunConfig, train_flow, train_inverse
 from biflow.train.runs import check_same, train_seconds
 
 PLACE = ("source", "index", "workers")  # fields of the data that may differ from one machine to the next
 # fields of the data that are newer than folders that runs are in, whose names do not change while these are at their
 # defaults; as with `representation` of a flow
 NEWER = ("crop", "channels", "classes", "exclude", "split", "image_key", "label_key")
+# the same of the run; all but compile are without effect on the result
+NEWER_OF_RUN = (
+    "wandb", "peak_flops", "compile", "activation_checkpointing", "sample_every", "sample_images", "sample_guidance",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +232,8 @@ def _digest(flow: FlowTraining, inverse: InverseTraining | None = None) -> str:
     named = _without_place({k: to_mapping(c) for k, c in (("flow", flow), ("inverse", inverse)) if c is not None})
     if flow.representation is None:
         del named["flow"]["representation"]
-    plain = to_mapping(DataConfig())
-    for stage in named.values():
-        stage["data"] = {k: v for k, v in stage["data"].items() if k not in NEWER or v != plain[k]}
+    for group, plain, newer in (("data", DataConfig(), NEWER), ("run", RunConfig(), NEWER_OF_RUN)):
+        known = to_mapping(plain)
+        for stage in named.values():
+            stage[group] = {k: v for k, v in stage[group].items() if k not in newer or v != known[k]}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from biflow import data as datasets
 from biflow.models import TarFlow
+from biflow.train import flops
 from biflow.train.configs import FlowTraining
 from biflow.train.representation import Representation
 from biflow.train.trainer import check_data, fit
@@ -61,6 +62,7 @@ class Likelihood:
         self.config, self.bin_width, self.representation = config, bin_width, representation
         self.module = nn.Module() if representation is None else representation.projectors
         self.identity: dict[str, Any] = {}
+        self.flops = flops.training(config)
 
     def prepare(self, out: Path, progress: bool) -> None:
         """Without representation nothing: the loss needs the model alone."""
