@@ -96,8 +96,9 @@ class Likelihood:
 
 
 def train_flow(config: FlowTraining, out: str | Path, *, resume: bool = False, progress: bool = True) -> TarFlow:
-    """Train a TarFlow; the run folder `out` gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and
-    model.safetensors; with a self-supervised encoder encoder.safetensors, with cached features features/.
+    """Train a TarFlow; the run folder `out` gets config.yaml, environment.json, metrics.jsonl, tensorboard/,
+    checkpoints/ and model.safetensors; by settings samples/ and wandb/; with a self-supervised encoder
+    encoder.safetensors, with cached features features/.
 
     Args:
         config: the run's configuration.

@@ -119,11 +119,11 @@ class Trainer:
                     shown |= in_progress_bar(line)
                     bar.set_postfix(shown, refresh=False)
                 bar.update()
-                if self.config.run.sample_every is not None and self._due(self.config.run.sample_every):
-                    log.image(grids.draw(self.average.model, self.config.run, self.out, self.step), self.step)
                 if self._due(self.config.run.checkpoint_every) or signals:
                     log.sync()
                     self.save()
+                if self.config.run.sample_every is not None and self._due(self.config.run.sample_every):
+                    log.image(grids.draw(self.average.model, self.config.run, self.out, self.step), self.step)
         if self.data.corrupt:
             text = f"{len(self.data.corrupt)} corrupt images were met and replaced: {self.out / 'corrupt.txt'}"
             tqdm.write(f"biflow: {text}", file=sys.stderr)
