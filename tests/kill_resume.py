@@ -115,8 +115,10 @@ def raw_state(folder: Path, steps: int) -> dict:
 
 def metrics(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl but for the clock."""
+    from biflow.train.speed import CLOCK
+
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
 def main() -> None:

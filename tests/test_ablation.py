@@ -296,6 +296,7 @@ def test_runs_keep_their_folder():
     assert runner._digest(tiny_training.changed(flow, "data", workers=2, index="a.npz")) == "4974d37e405a"
     for field, value in (("crop", "random"), ("exclude", "bad.txt"), ("posterior", "mean"), ("seed", 1)):
         assert runner._digest(tiny_training.changed(flow, "data", **{field: value})) != "4974d37e405a"
+    assert runner._digest(tiny_training.changed(flow, "run", compile=True)) != "4974d37e405a"
 
 
 def test_steps_to_reach():

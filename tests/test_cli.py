@@ -415,6 +415,7 @@ def test_debug_shows_the_traceback(capsys):
     [
         "train",
         "distill",
+        "compare",
         "sample",
         "calibrate",
         "evaluate",

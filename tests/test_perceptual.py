@@ -306,7 +306,7 @@ def test_configurations_round_trip_and_name_what_is_wrong(images):
         from_mapping(InverseTraining, values)
     with pytest.raises(ValueError, match="perceptual: expected terms of different names"):
         with_terms(config, {"backbone": PAIR}, {"backbone": PAIR})
-    with pytest.raises(ValueError, match=r"decoder: expected the autoencoder by which .* in_channels 4\), got None"):
+    with pytest.raises(ValueError, match=r"decoder: expected the autoencoder by which .*in_channels 4\), got None"):
         dataclasses.replace(config, model=dataclasses.replace(config.model, in_channels=4))
     with pytest.raises(ValueError, match="decoder: expected None but for perceptual terms on latents, got 'vae'"):
         dataclasses.replace(config, decoder="vae")

@@ -37,6 +37,7 @@ def test_readme_has_code_and_commands():
         "demo",
         "train",
         "distill",
+        "compare",
         "sample",
         "calibrate",
         "evaluate",

@@ -21,13 +21,21 @@ from biflow.evaluate import EvaluationConfig, RealData
 from biflow.files import replacing
 from biflow.models import BiFlow, TarFlow
 from biflow.report import environment
-from biflow.train import FlowTraining, InverseTraining, train_flow, train_inverse
+from biflow.train import FlowTraining, InverseTraining, RunConfig, train_flow, train_inverse
 from biflow.train.runs import check_same, train_seconds
 
 PLACE = ("source", "index", "workers")  # fields of the data that may differ from one machine to the next
-# fields of the data that are newer than folders that runs are in, whose names do not change while these are at their
-# defaults; as with `representation` of a flow
-NEWER = ("crop", "channels", "classes", "exclude", "split", "image_key", "label_key", "normalize_latents", "posterior")
+# fields that are newer than folders that runs are in, whose names do not change while these have their defaults
+NEWER = {"representation": None, "decoder": None}
+NEWER_OF = {
+    "data": (
+        "crop", "channels", "classes", "exclude", "split", "image_key", "label_key", "normalize_latents", "posterior",
+    ),
+    "run": (
+        "wandb", "peak_flops", "compile", "activation_checkpointing", "sample_every", "sample_images",
+        "sample_guidance",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,11 +255,11 @@ def _with_defaults(configuration: dict) -> dict:
 
 def _digest(flow: FlowTraining, inverse: InverseTraining | None = None) -> str:
     named = _without_place({k: to_mapping(c) for k, c in (("flow", flow), ("inverse", inverse)) if c is not None})
-    if flow.representation is None:
-        del named["flow"]["representation"]
-    if inverse is not None and inverse.decoder is None:
-        del named["inverse"]["decoder"]
-    plain = to_mapping(DataConfig())
+    plain = {group: to_mapping(cls()) for group, cls in (("data", DataConfig), ("run", RunConfig))}
     for stage in named.values():
-        stage["data"] = {k: v for k, v in stage["data"].items() if k not in NEWER or v != plain[k]}
+        for name, default in NEWER.items():
+            if stage.get(name, default) == default:
+                stage.pop(name, None)
+        for group, newer in NEWER_OF.items():
+            stage[group] = {k: v for k, v in stage[group].items() if k not in newer or v != plain[group][k]}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]

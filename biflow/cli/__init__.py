@@ -1,5 +1,5 @@
-"""The command line: `biflow train | distill | sample | calibrate | evaluate | score | info | classify | probe |
-inpaint | edit | interpolate | ablate | data | latents | demo | bench`.
+"""The command line: `biflow train | distill | compare | sample | calibrate | evaluate | score | info | classify |
+probe | inpaint | edit | interpolate | ablate | data | latents | demo | bench`.
 
 Exit codes: 0 done, 1 a failure at run time, 2 wrong usage, configuration, data or checkpoint, 130 interrupted
 (SIGINT), 143 terminated (SIGTERM).
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from biflow.cli import classification, data, editing, jobs, latents, models, score, tools
+from biflow.cli import classification, compare, data, editing, jobs, latents, models, score, tools
 from biflow.cli.common import HELP_OPTIONS, Interrupted, guarded, version
 
 # what biflow raises for input that it cannot take; any other exception is a failure at run time
@@ -40,6 +40,7 @@ def options(
 
 for name, function, epilog in (
     *jobs.COMMANDS,
+    *compare.COMMANDS,
     *models.COMMANDS,
     *score.COMMANDS,
     *classification.COMMANDS,

@@ -20,7 +20,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 def train(config: Config, out: Out, overrides: Overrides = None, resume: Resume = False, quiet: Quiet = False) -> None:
     """Train a flow by maximum likelihood (stage one).
 
-    The folder gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, when done, model.safetensors. Presets:
+    The folder gets config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and, when done,
+    model.safetensors; docs/training.md says what is in them. Presets:
     digits_flow, fashion_flow, folder_flow, imagenet256_b2_flow, imagenet256_l2_flow, imagenet256_xl2_flow; with
     features aligned with an encoder's (representation): digits_aligned_flow, fashion_aligned_flow,
     imagenet64_aligned_flow, imagenet256_aligned_flow. SIGINT (Ctrl-C) and SIGTERM finish the step and write a
@@ -117,6 +118,7 @@ COMMANDS = (
             "biflow train digits_flow --out runs/flow",
             "biflow train digits_flow optim.steps=200 model.width=64 --out runs/small",
             "biflow train fashion_flow data.source=fashion_mnist.npz --out runs/fashion",
+            "biflow train fashion_flow run.sample_every=1000 run.precision=bf16 run.wandb=flows --out runs/fashion",
             "biflow train digits_flow 'representation={features: [[-1, 0]]}' --out runs/aligned",
             "biflow train my.yaml --out runs/mine --resume",
         ),

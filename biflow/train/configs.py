@@ -62,7 +62,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a run is carried out. A resumed run may change the `*_every` fields and `keep`, nothing else here.
+    """How a run is carried out. A resumed run may change what does not change its weights (`runs.FREE_FIELDS`): the
+    `*_every` fields, keep, tensorboard, wandb, peak_flops, activation_checkpointing and sample_*.
 
     seed: of the initial weights, the order of the data and all noise.
     log_every, validate_every, checkpoint_every: in steps; the last step does all three.
@@ -72,6 +73,16 @@ class RunConfig:
     device: where to train, one that the ops have kernels for.
     threads: CPU threads (None: as torch has it); another number may change the last bits.
     tensorboard: also write TensorBoard event files.
+    wandb: project of Weights & Biases that the metrics go to, too; None: not used.
+    peak_flops: FLOP/s that the device reaches at most in `precision`, for the MFU; None: from a table of GPUs, without
+        an MFU where that has no entry.
+    compile: torch.compile of the models' passes, forward and backward. The first step takes long; another rounding.
+    activation_checkpointing: compute activations again in the backward pass instead of keeping them: less memory, the
+        same gradients, about a third more work.
+    sample_every: steps after which the averaged model draws a grid of samples (the last step does, too); None: never. A
+        flow is decoded exactly for it, which may take long on a CPU.
+    sample_images: images of a grid.
+    sample_guidance: strength; None: 1 with classes (at most max_guidance), 0 without.
     """
 
     seed: int = 0
@@ -84,6 +95,13 @@ class RunConfig:
     device: str = "cpu"
     threads: int | None = None
     tensorboard: bool = True
+    wandb: str | None = None
+    peak_flops: float | None = None
+    compile: bool = False
+    activation_checkpointing: bool = False
+    sample_every: int | None = None
+    sample_images: int = 16
+    sample_guidance: float | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -91,8 +109,14 @@ class RunConfig:
         _at_least(self, 1, "log_every", "validate_every", "checkpoint_every", "validate_images", "keep")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if self.threads is not None:
-            _at_least(self, 1, "threads")
+        _at_least(self, 1, "sample_images")
+        for name, low in (("threads", 1), ("sample_every", 1), ("sample_guidance", 0)):
+            if getattr(self, name) is not None:
+                _at_least(self, low, name)
+        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
+            raise ValueError(f"peak_flops: expected a finite number > 0, got {self.peak_flops}")
+        if self.wandb == "":
+            raise ValueError("wandb: expected the name of a project or None, got an empty string")
         parse_device(self.device)
 
     def torch_device(self) -> torch.device:
@@ -352,6 +376,7 @@ class FlowTraining:
     def __post_init__(self):
         check_fields(self)
         _check_drop(self.label_drop)
+        _check_samples(self.run, self.model)
         if self.model.context_dim:
             raise ValueError(f"model.context_dim: expected 0 (data has no context), got {self.model.context_dim}")
         if self.representation is not None:
@@ -392,6 +417,7 @@ class InverseTraining:
     def __post_init__(self):
         check_fields(self)
         _check_drop(self.label_drop)
+        _check_samples(self.run, self.model, self.model.max_guidance or math.inf)
         _one_of(self, GUIDANCE_DRAWS, "guidance_draw")
         strategy, weights = self.alignment.strategy, self.alignment.weight_states
         if self.model.reembed_states != (strategy == "hidden_distillation"):
@@ -446,6 +472,21 @@ def _only_where(config, name: str, takes: bool, given: str, where: str) -> None:
     got = getattr(config, name)
     if got is not None and not takes:
         raise ValueError(f"{name}: expected None with {given} (for {where}), got {got!r}")
+
+
+def _check_samples(run: RunConfig, model: TarFlowConfig | BiFlowConfig, largest: float = math.inf) -> None:
+    """That sample grids can be drawn, if they are wanted: ValueError. largest: guidance."""
+    if run.sample_every is None:
+        return
+    if model.in_channels not in PIXEL_CHANNELS:
+        raise ValueError(
+            "run.sample_every: expected None, or images of 1 or 3 channels, got model.in_channels "
+            f"{model.in_channels}: latents would have to be decoded to pixels to be seen"
+        )
+    guidance = run.sample_guidance or 0.0
+    if guidance > (largest if model.num_classes else 0.0):
+        bound = f"at most model.max_guidance {largest:g}" if model.num_classes else "0 without classes"
+        raise ValueError(f"run.sample_guidance: expected {bound}, got {guidance:g}")
 
 
 def _check_drop(label_drop: float) -> None:

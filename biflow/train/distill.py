@@ -18,6 +18,7 @@ from biflow import checkpoint
 from biflow import data as datasets
 from biflow.models import BiFlow, TarFlow
 from biflow.models.layers import patchify, unpatchify
+from biflow.train import flops
 from biflow.train.configs import AlignmentConfig, InverseTraining
 from biflow.train.likelihood import add_noise, drop_labels
 from biflow.train.perceptual import Perceptual
@@ -208,6 +209,9 @@ class Alignment:
         self.config, self.flow, self.bin_width, self.perceptual = config, flow, bin_width, perceptual
         self.module = nn.Module()
         self.identity: dict[str, Any] = {"flow_sha256": checkpoint.fingerprint(flow)}
+        self.flops = flops.training(config, flow.config)
+        if config.run.compile:
+            flow.compile(fullgraph=True, dynamic=False)
 
     def prepare(self, out: Path, progress: bool) -> None:
         if self.perceptual is not None:
@@ -224,6 +228,9 @@ class Alignment:
         rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         options = {"bin_width": self.bin_width, "training": training, "perceptual": self.perceptual}
+        if self.config.run.compile and not training:  # the last batch of a validation may be smaller
+            with torch.compiler.set_stance("force_eager"):
+                return alignment_loss(model, self.flow, x, y, generator, self.config, **options)
         return alignment_loss(model, self.flow, x, y, generator, self.config, **options)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from biflow import data as datasets
 from biflow.models import TarFlow
+from biflow.train import flops
 from biflow.train.configs import FlowTraining
 from biflow.train.representation import Representation
 from biflow.train.trainer import check_data, fit
@@ -61,6 +62,7 @@ class Likelihood:
         self.config, self.bin_width, self.representation = config, bin_width, representation
         self.module = nn.Module() if representation is None else representation.projectors
         self.identity: dict[str, Any] = {}
+        self.flops = flops.training(config)
 
     def prepare(self, out: Path, progress: bool) -> None:
         """Without representation nothing: the loss needs the model alone."""
@@ -94,8 +96,9 @@ class Likelihood:
 
 
 def train_flow(config: FlowTraining, out: str | Path, *, resume: bool = False, progress: bool = True) -> TarFlow:
-    """Train a TarFlow; the run folder `out` gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and
-    model.safetensors; with a self-supervised encoder encoder.safetensors, with cached features features/.
+    """Train a TarFlow; the run folder `out` gets config.yaml, environment.json, metrics.jsonl, tensorboard/,
+    checkpoints/ and model.safetensors; by settings samples/ and wandb/; with a self-supervised encoder
+    encoder.safetensors, with cached features features/.
 
     Args:
         config: the run's configuration.

@@ -2,27 +2,25 @@
 
 import contextlib
 import json
-import os
 import re
 import secrets
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from biflow import presets
 from biflow.config import completed
 from biflow.files import TEMPORARY, replacing, sync
 from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
-FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep")}
-# these do not change what a step sees
+# these do not change what a step sees, nor its bits
+FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep", "tensorboard")}
+FREE_FIELDS |= {f"run.{name}" for name in ("wandb", "peak_flops", "activation_checkpointing")}
+FREE_FIELDS |= {f"run.{name}" for name in ("sample_every", "sample_images", "sample_guidance")}
 FREE_FIELDS |= {"data.workers", "data.index", "representation.cache_features"}
 
 
@@ -115,43 +113,6 @@ def cut_metrics(out: Path, step: int) -> None:
             kept.append(line + "\n")
     with replacing(path) as temporary:
         temporary.write_text("".join(kept))
-
-
-class Metrics:
-    """metrics.jsonl (one JSON object a line, appended) and, if installed and wanted, TensorBoard event files."""
-
-    def __init__(self, out: Path, step: int, tensorboard: bool):
-        self._file = (out / "metrics.jsonl").open("a")
-        self._writer = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                text = "biflow: tensorboard is not installed (pip install 'biflow[train]'); metrics go to metrics.jsonl"
-                tqdm.write(text, file=sys.stderr)
-            else:
-                self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-
-    def write(self, line: dict[str, Any]) -> None:
-        """line: "step", "split", and numbers."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in line.items():
-                if isinstance(value, float):
-                    self._writer.add_scalar(f"{line['split']}/{name}", value, line["step"])
-
-    def sync(self) -> None:
-        """Make the lines durable."""
-        os.fsync(self._file.fileno())
-
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
 
 
 @contextlib.contextmanager

@@ -16,9 +16,13 @@ from tqdm import tqdm
 
 from biflow import checkpoint
 from biflow.data import Batch, ImageData, Stream
-from biflow.train import runs
+from biflow.models.layers import device_name
+from biflow.train import environment, flops, grids, runs
 from biflow.train.configs import FlowTraining, InverseTraining
+from biflow.train.memory import checkpoint_layers
+from biflow.train.metrics import Metrics, check_writers
 from biflow.train.optim import Average, DataOrder, learning_rate, make_optimizer
+from biflow.train.speed import Speed, in_progress_bar
 
 STATE_KIND = "training state"
 OWN = "objective."  # what names of the objective's own parameters begin with in a state
@@ -29,11 +33,13 @@ class Objective(Protocol):
     """A stage: its name, the model class's loss, and what else must not change when a run is resumed.
 
     module: what is trained beside the model and kept in training states only, without averaged weights; may be empty.
+    flops: model FLOPs of a training step an image.
     """
 
     stage: str
     identity: dict[str, Any]
     module: nn.Module
+    flops: int
 
     def prepare(self, out: Path, progress: bool) -> None:
         """Before the first step of a sitting, with the run's folder there: make or read what the loss needs."""
@@ -67,41 +73,57 @@ class Trainer:
         self.mapping = {"stage": objective.stage, **checkpoint.to_mapping(config)}
         self.model = model.to(self.device).train()
         self.average = Average(self.model, config.optim.ema)
+        if config.run.activation_checkpointing:
+            checkpoint_layers(self.model)
+        if config.run.compile:
+            self.model.compile(fullgraph=True, dynamic=False)
         self.own = objective.module.to(self.device).train()
         self.optimizer = make_optimizer(self.model, config.optim, self.own)
         self.order = DataOrder(len(data.train_x), config.optim.batch_size, config.run.seed)
         self.stream = Stream(data.train_x, self.order.indices, config.optim.steps, seed=config.run.seed)
         self.generator = torch.Generator(self.device).manual_seed(config.run.seed)
+        peak = config.run.peak_flops or flops.peak(device_name(self.device), config.run.precision)
+        self.speed = Speed(config.optim.batch_size, config.optim.batch_size * objective.flops, peak)
         self.step = 0
         self.seconds = 0.0
         self.window: dict[str, float] = {}  # sums of what is logged as means, over the steps since the last log
 
     def run(self, resume: bool, progress: bool) -> nn.Module:
-        """Train to the last step; returns the averaged model. Errors: `runs.prepare`, FloatingPointError."""
+        """Train to the last step; returns the averaged model.
+
+        Errors: `check_writers`, `runs.prepare`, FloatingPointError.
+        """
+        check_writers(self.config.run)
         runs.prepare(self.out, self.mapping, resume)
         self.objective.prepare(self.out, progress)
         self._restore_newest()
         runs.cut_metrics(self.out, self.step)
+        environment.record(self.out, self.step, self.device)
         started = time.perf_counter() - self.seconds
         steps = self.config.optim.steps
         tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaks
+        shown: dict[str, Any] = {}
         bar = tqdm(total=steps, initial=self.step, desc=self.objective.stage, unit="step", disable=not progress)
         with (
             runs.delayed_signals() as signals,
-            runs.Metrics(self.out, self.step, self.config.run.tensorboard) as log,
+            Metrics(self.out, self.step, self.config.run, self.mapping) as log,
             contextlib.closing(self.stream),
             bar,
         ):
             while self.step < steps and not signals:
-                self._train_step()
+                with self.speed.step():
+                    self._train_step()
                 self.seconds = time.perf_counter() - started
                 for line in self._reports():
                     log.write(line)
-                    bar.set_postfix({line["split"]: line["loss"]}, refresh=False)
+                    shown |= in_progress_bar(line)
+                    bar.set_postfix(shown, refresh=False)
                 bar.update()
                 if self._due(self.config.run.checkpoint_every) or signals:
                     log.sync()
                     self.save()
+                if self.config.run.sample_every is not None and self._due(self.config.run.sample_every):
+                    log.image(grids.draw(self.average.model, self.config.run, self.out, self.step), self.step)
         if self.data.corrupt:
             text = f"{len(self.data.corrupt)} corrupt images were met and replaced: {self.out / 'corrupt.txt'}"
             tqdm.write(f"biflow: {text}", file=sys.stderr)
@@ -189,7 +211,8 @@ class Trainer:
         rate = learning_rate(self.step, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = self.stream.read(self.step)
+        with self.speed.data():
+            batch = self.stream.read(self.step)
         x, y = self._images(batch, self.data.train_y)
         rows = batch.indices
         if batch.turned is not None:  # the data has mirrored images of its own
@@ -225,8 +248,8 @@ class Trainer:
             count = self.window.pop("count")
             means = {name: total / count for name, total in self.window.items()}
             self.window = {}
-            rate = self.optimizer.param_groups[0]["lr"]
-            yield {"step": self.step, "split": "train", **means, "lr": rate, "seconds": round(self.seconds, 3)}
+            values = {**means, "lr": self.optimizer.param_groups[0]["lr"], **self.speed.report()}
+            yield {"step": self.step, "split": "train", **values, "seconds": round(self.seconds, 3)}
         if self._due(self.config.run.validate_every) and len(self.data.val_x):
             values = {k: v if math.isfinite(v) else None for k, v in self.validate().items()}
             yield {"step": self.step, "split": "val", **values, "seconds": round(self.seconds, 3)}
