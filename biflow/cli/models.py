@@ -1,6 +1,7 @@
 """What one does with a checkpoint: sample, calibrate, evaluate, info."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,10 +21,11 @@ from biflow.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from torch import Tensor
+    from torch import Generator, Tensor
 
+    from biflow.distributed import Processes
     from biflow.models import BiFlow, TarFlow
     from biflow.solvers import DecodeInfo, Policy
 
@@ -67,15 +69,17 @@ def sample(
 
     A .npz holds images (N,H,W,C) fp32 in [-1, 1] (or latents, of any size) and labels (N,) int64: a file that --data
     and data.source read.
-    A seed draws the same noise for every device.
+    A seed draws the same noise for every device, and under torchrun for any number of processes, which share the work.
     """
     import torch
 
+    from biflow import distributed
     from biflow.models import TarFlow
     from biflow.ops._checks import local_device
 
     path = picture_file(out)
-    model, where = load_model(checkpoint, device=device), local_device(device)
+    processes, where = distributed.join(device), local_device(device)
+    model = load_model(checkpoint, device=device)
     y = _labels(model, label, n)
     if guidance is None:
         limit = getattr(model.config, "max_guidance", 0.0) or 1.0
@@ -99,14 +103,18 @@ def sample(
     score = _score(model, flow, device)
     parts, infos = [], []
     with model.frozen():
-        for start in range(0, n, BATCH):
+        for start in _starts(processes, n, model, options["generator"]):
             labels = None if y is None else y[start : start + BATCH].to(where)
             drawn = model.sample(min(BATCH, n - start), labels, **options)
             drawn, *info = drawn if certify else (drawn,)
             drawn = drawn if score is None else score(drawn, labels)
             parts.append(drawn.cpu())
             infos += info
-    images = torch.cat(parts)
+    images = processes.gather_rows(torch.cat(parts) if parts else _no_images(model))
+    infos = processes.gather([replace(info, residual=info.residual.cpu()) for info in infos])
+    distributed.leave()
+    if not processes.main:
+        return
     bad = n - int(images.isfinite().flatten(1).all(1).sum())
     if bad:
         typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
@@ -319,6 +327,24 @@ def _policy_table(policy: "Policy") -> list[str]:
 def _method(found: dict) -> str:
     window = f" {found['window']}" if found["window"] else ""
     return f"{found['solver']}{window}, {found['passes']} passes, {found['ms']:.3g} ms"
+
+
+def _starts(processes: "Processes", n: int, model: "TarFlow | BiFlow", generator: "Generator") -> "Iterator[int]":
+    """Where this process's batches begin. All draw the noise of those before, so that sample i is that of (seed, i)."""
+    import torch
+
+    own = processes.split(-(-n // BATCH))
+    for batch in range(own.stop):
+        if batch in own:
+            yield batch * BATCH
+        else:
+            torch.randn(BATCH, model.config.tokens, model.config.channels, generator=generator)
+
+
+def _no_images(model: "TarFlow | BiFlow") -> "Tensor":
+    import torch
+
+    return torch.empty(0, model.config.in_channels, model.config.img_size, model.config.img_size)
 
 
 def _score(

@@ -11,12 +11,14 @@ from biflow.data import DataConfig
 from biflow.data.images import PIXEL_CHANNELS
 from biflow.models import BiFlowConfig, TarFlowConfig
 from biflow.ops._checks import local_device, parse_device
+from biflow.train.distributed import ParallelConfig
 
 STRATEGIES = ("naive", "hidden_distillation", "hidden_alignment")
 NORMALIZATIONS = ("none", "token_rms", "mean_square")
 TARGET_NORMS = ("none", "token_rms", "global")
 GUIDANCE_DRAWS = ("uniform", "log_uniform")
 PRECISIONS = ("fp32", "bf16")
+RUN_PRECISIONS = (*PRECISIONS, "fp64")
 LIBRARY_BACKBONES = ("lpips", "convnext_v2", "vgg")
 BACKBONES = (*LIBRARY_BACKBONES, "classifier")
 INPUTS = ("imagenet", "raw")
@@ -30,7 +32,7 @@ OWN_FUNCTION = r"\w+(\.\w+)*:\w+"  # "package.module:function"
 class OptimConfig:
     """AdamW with a learning rate that rises linearly for `warmup_steps`, then falls along a cosine to `min_lr`.
 
-    steps, batch_size: optimizer steps, and images in each.
+    steps, batch_size: optimizer steps, and images in each, of all processes together.
     weight_decay: of the linear layers' weight matrices; biases, norms, embeddings and tokens are not decayed.
     grad_clip: largest L2 norm of the gradient; None: not clipped.
     ema: decay of the averaged weights; at step k it is min(ema, (1 + k) / (10 + k)). 0: no averaging.
@@ -68,8 +70,9 @@ class RunConfig:
     log_every, validate_every, checkpoint_every: in steps; the last step does all three.
     validate_images: at most so many held-out images, evenly spread, are used in a validation.
     keep: number of newest checkpoints kept.
-    precision: "fp32", or "bf16" for autocast (weights and optimizer stay fp32).
-    device: where to train, one that the ops have kernels for.
+    precision: "fp32", or "bf16" for autocast (weights and optimizer stay fp32). "fp64" is for comparing runs; it takes
+        no other networks in the loss, and sampling does not take its models.
+    device: where to train, one that the ops have kernels for; "cuda" in several processes: a GPU each.
     threads: CPU threads (None: as torch has it); another number may change the last bits.
     tensorboard: also write TensorBoard event files.
     """
@@ -89,8 +92,7 @@ class RunConfig:
         check_fields(self)
         _at_least(self, 0, "seed")
         _at_least(self, 1, "log_every", "validate_every", "checkpoint_every", "validate_images", "keep")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        _one_of(self, RUN_PRECISIONS, "precision")
         if self.threads is not None:
             _at_least(self, 1, "threads")
         parse_device(self.device)
@@ -98,6 +100,11 @@ class RunConfig:
     def torch_device(self) -> torch.device:
         """`device`; ValueError where this machine has none. Not asked before: configurations travel in checkpoints."""
         return local_device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -348,10 +355,12 @@ class FlowTraining:
     run: RunConfig = field(default_factory=RunConfig)
     label_drop: float = 0.1
     representation: RepresentationConfig | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
         check_fields(self)
         _check_drop(self.label_drop)
+        _check_parallel(self, "representation", self.representation is not None)
         if self.model.context_dim:
             raise ValueError(f"model.context_dim: expected 0 (data has no context), got {self.model.context_dim}")
         if self.representation is not None:
@@ -385,10 +394,12 @@ class InverseTraining:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     guidance_draw: str = "uniform"
     perceptual: tuple[PerceptualConfig, ...] = ()
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
         check_fields(self)
         _check_drop(self.label_drop)
+        _check_parallel(self, "perceptual", bool(self.perceptual))
         _one_of(self, GUIDANCE_DRAWS, "guidance_draw")
         strategy, weights = self.alignment.strategy, self.alignment.weight_states
         if self.model.reembed_states != (strategy == "hidden_distillation"):
@@ -445,3 +456,13 @@ def _only_where(config, name: str, takes: bool, given: str, where: str) -> None:
 def _check_drop(label_drop: float) -> None:
     if not (0 <= label_drop < 1):
         raise ValueError(f"label_drop: expected a number in [0, 1), got {label_drop}")
+
+
+def _check_parallel(config, name: str, other_networks: bool) -> None:
+    if config.optim.batch_size % config.parallel.accumulate:
+        raise ValueError(
+            f"optim.batch_size: expected a multiple of parallel.accumulate {config.parallel.accumulate}, "
+            f"got {config.optim.batch_size}"
+        )
+    if config.run.precision == "fp64" and other_networks:
+        raise ValueError(f"run.precision: expected fp32 or bf16 with {name}, whose networks are fp32; got 'fp64'")

@@ -18,12 +18,14 @@ from tqdm import tqdm
 
 from biflow import presets
 from biflow.config import completed
+from biflow.distributed import Processes
 from biflow.files import TEMPORARY, replacing, sync
 from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
 FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep")}
 # these do not change what a step sees
 FREE_FIELDS |= {"data.workers", "data.index", "representation.cache_features"}
+FREE_FIELDS |= {"parallel.strategy", "parallel.accumulate"}
 
 
 def prepare(out: Path, config: dict, resume: bool) -> None:
@@ -84,20 +86,28 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def write_checkpoint(out: Path, step: int, fill: Callable[[Path], None], keep: int) -> None:
-    """Let `fill` write the files of a checkpoint into a new folder, make it appear at once, drop all but `keep`."""
+def write_checkpoint(out: Path, step: int, fill: Callable[[Path], None], keep: int, processes: Processes) -> None:
+    """Let `fill` write the files of a checkpoint into a new folder, make it appear at once, drop all but `keep`.
+
+    All processes call it; each fills, the main one does the rest. When it returns the checkpoint is there.
+    """
     folder = out / "checkpoints"
     target = folder / f"step_{step:08d}"
-    temporary = folder / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
-    temporary.mkdir()
+    temporary = folder / f"{TEMPORARY}{target.name}-{processes.same(secrets.token_hex(4))}"
+    with processes.main_first():
+        if processes.main:
+            temporary.mkdir()
     fill(temporary)
-    sync(temporary)
-    if target.exists():  # one that could not be read, from which this run did not continue
-        _remove(target)
-    temporary.rename(target)
-    sync(folder)
-    for old in checkpoints(out)[keep:]:
-        _remove(old)
+    processes.wait()
+    with processes.main_first():
+        if processes.main:
+            sync(temporary)
+            if target.exists():  # one that could not be read, from which this run did not continue
+                _remove(target)
+            temporary.rename(target)
+            sync(folder)
+            for old in checkpoints(out)[keep:]:
+                _remove(old)
 
 
 def cut_metrics(out: Path, step: int) -> None:
@@ -118,11 +128,16 @@ def cut_metrics(out: Path, step: int) -> None:
 
 
 class Metrics:
-    """metrics.jsonl (one JSON object a line, appended) and, if installed and wanted, TensorBoard event files."""
+    """metrics.jsonl (one JSON object a line, appended) and, if installed and wanted, TensorBoard event files.
 
-    def __init__(self, out: Path, step: int, tensorboard: bool):
+    out: the run's folder; None: nothing is written, since the main process does.
+    """
+
+    def __init__(self, out: Path | None, step: int, tensorboard: bool):
+        self._file = self._writer = None
+        if out is None:
+            return
         self._file = (out / "metrics.jsonl").open("a")
-        self._writer = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -134,6 +149,8 @@ class Metrics:
 
     def write(self, line: dict[str, Any]) -> None:
         """line: "step", "split", and numbers."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -143,13 +160,15 @@ class Metrics:
 
     def sync(self) -> None:
         """Make the lines durable."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
