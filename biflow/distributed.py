@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from biflow.ops._checks import parse_device
-
 WAIT = timedelta(hours=2)  # how long the others wait for what one does alone, such as training a small encoder
 SENT = 1 << 28  # bytes at once
 
@@ -116,7 +114,7 @@ def join(device: str | torch.device = "cpu") -> Processes:
         ImportError: several processes, and accelerate is not there. ValueError: several processes, and a GPU with a
         number; more processes on this machine than it has GPUs.
     """
-    where = parse_device(str(device))
+    where = torch.device(device)
     if not (dist.is_initialized() or dist.is_torchelastic_launched()):
         return Processes(0, 1, where)
     if not dist.is_initialized():

@@ -78,8 +78,8 @@ def sample(
     from biflow.ops._checks import local_device
 
     path = picture_file(out)
-    processes, where = distributed.join(device), local_device(device)
-    model = load_model(checkpoint, device=device)
+    where = local_device(device)
+    processes, model = distributed.join(where), load_model(checkpoint, device=device)
     y = _labels(model, label, n)
     if guidance is None:
         limit = getattr(model.config, "max_guidance", 0.0) or 1.0
@@ -103,18 +103,20 @@ def sample(
     score = _score(model, flow, device)
     parts, infos = [], []
     with model.frozen():
-        for start in _starts(processes, n, model, options["generator"]):
-            labels = None if y is None else y[start : start + BATCH].to(where)
-            drawn = model.sample(min(BATCH, n - start), labels, **options)
-            drawn, *info = drawn if certify else (drawn,)
-            drawn = drawn if score is None else score(drawn, labels)
-            parts.append(drawn.cpu())
-            infos += info
-    images = processes.gather_rows(torch.cat(parts) if parts else _no_images(model))
+        for rows in _rounds(processes, n, model, options["generator"]):
+            labels = None if y is None else y[rows.start : rows.stop].to(where)
+            drawn = torch.empty(0, model.config.in_channels, model.config.img_size, model.config.img_size)
+            if rows:
+                drawn = model.sample(len(rows), labels, **options)
+                drawn, *info = drawn if certify else (drawn,)
+                drawn = drawn if score is None else score(drawn, labels)
+                infos += info
+            parts.append(processes.gather_rows(drawn))
     infos = processes.gather([replace(info, residual=info.residual.cpu()) for info in infos])
     distributed.leave()
     if not processes.main:
         return
+    images = torch.cat(parts)
     bad = n - int(images.isfinite().flatten(1).all(1).sum())
     if bad:
         typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
@@ -329,22 +331,22 @@ def _method(found: dict) -> str:
     return f"{found['solver']}{window}, {found['passes']} passes, {found['ms']:.3g} ms"
 
 
-def _starts(processes: "Processes", n: int, model: "TarFlow | BiFlow", generator: "Generator") -> "Iterator[int]":
-    """Where this process's batches begin. All draw the noise of those before, so that sample i is that of (seed, i)."""
+def _rounds(processes: "Processes", n: int, model: "TarFlow | BiFlow", generator: "Generator") -> "Iterator[range]":
+    """The rows that this process draws in each round; a round is a batch of each process, by rank.
+
+    Empty where the last round has fewer batches. The noise of the others' batches is drawn and thrown away: sample i is
+    the same for any number of processes.
+    """
     import torch
 
-    own = processes.split(-(-n // BATCH))
-    for batch in range(own.stop):
-        if batch in own:
-            yield batch * BATCH
-        else:
-            torch.randn(BATCH, model.config.tokens, model.config.channels, generator=generator)
-
-
-def _no_images(model: "TarFlow | BiFlow") -> "Tensor":
-    import torch
-
-    return torch.empty(0, model.config.in_channels, model.config.img_size, model.config.img_size)
+    for first in range(0, n, BATCH * processes.count):
+        for rank in range(processes.count):
+            start = min(first + BATCH * rank, n)
+            rows = range(start, min(start + BATCH, n))
+            if rank == processes.rank:
+                yield rows
+            else:
+                torch.randn(len(rows), model.config.tokens, model.config.channels, generator=generator)
 
 
 def _score(

@@ -128,16 +128,11 @@ def cut_metrics(out: Path, step: int) -> None:
 
 
 class Metrics:
-    """metrics.jsonl (one JSON object a line, appended) and, if installed and wanted, TensorBoard event files.
+    """metrics.jsonl (one JSON object a line, appended) and, if installed and wanted, TensorBoard event files."""
 
-    out: the run's folder; None: nothing is written, since the main process does.
-    """
-
-    def __init__(self, out: Path | None, step: int, tensorboard: bool):
-        self._file = self._writer = None
-        if out is None:
-            return
+    def __init__(self, out: Path, step: int, tensorboard: bool):
         self._file = (out / "metrics.jsonl").open("a")
+        self._writer = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -149,8 +144,6 @@ class Metrics:
 
     def write(self, line: dict[str, Any]) -> None:
         """line: "step", "split", and numbers."""
-        if self._file is None:
-            return
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -160,15 +153,13 @@ class Metrics:
 
     def sync(self) -> None:
         """Make the lines durable."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
         if self._writer is not None:
             self._writer.close()
 

@@ -108,7 +108,7 @@ class Trainer:
         )
         with (
             runs.delayed_signals() as signals,
-            runs.Metrics(self.out if main else None, self.step, self.config.run.tensorboard) as log,
+            runs.Metrics(self.out, self.step, self.config.run.tensorboard) if main else contextlib.nullcontext() as log,
             contextlib.closing(self.stream),
             bar,
         ):
@@ -118,11 +118,13 @@ class Trainer:
                 self.seconds = time.perf_counter() - started
                 stop = self._agreed(signals)
                 for line in self._reports():
-                    log.write(line)
+                    if main:
+                        log.write(line)
                     bar.set_postfix({line["split"]: line["loss"]}, refresh=False)
                 bar.update()
                 if self._due(self.config.run.checkpoint_every) or stop:
-                    log.sync()
+                    if main:
+                        log.sync()
                     self.save()
         if self.data.corrupt and main:
             text = f"{len(self.data.corrupt)} corrupt images were met and replaced: {self.out / 'corrupt.txt'}"
