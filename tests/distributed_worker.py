@@ -130,6 +130,16 @@ def killed(folder):
     train.train_flow(flow(folder, every=5), folder / "killed", progress=False)
 
 
+def thirds(folder):
+    """A run of any number of processes, and its second half again."""
+    config = changed(flow_config(folder / "images.npz", 8, 4), "optim", batch_size=15)
+    train.train_flow(config, folder / "thirds", progress=False)
+    with distributed.join().main_first():
+        if distributed.join().main:
+            interrupted(folder / "thirds", folder, 4).rename(folder / "thirds_again")
+    train.train_flow(config, folder / "thirds_again", resume=True, progress=False)
+
+
 def sample(folder):
     """The last job: the command leaves the group."""
     assert cli.main(["sample", str(folder / "flow.safetensors"), "--n", "600", "--out", str(folder / "many.npz")]) == 0

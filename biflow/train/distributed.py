@@ -162,7 +162,6 @@ class Replicated(Parallel):
         # buffers move alike by themselves; with find_unused_parameters heads without a term are left alone, and buckets
         # never change, or else a resumed run would add gradients up in another order
         options = {"broadcast_buffers": False, "find_unused_parameters": True, "gradient_as_bucket_view": True}
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # the name that Accelerate knows
         self.accelerator = Accelerator(
             cpu=self.processes.device.type == "cpu",
