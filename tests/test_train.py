@@ -156,7 +156,6 @@ def test_shift_only_moves_the_prior_in_training_only(images, tmp_path):
     objective.loss(model, x, None, generator, training=False)
     assert torch.equal(model.var, before)
     objective.loss(model, x, None, generator, training=True)
-    assert torch.equal(model.var, before)  # other micro-batches of the step come first
     objective.settle(model, lambda moment: moment)
     assert not torch.equal(model.var, before)
 
