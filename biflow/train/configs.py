@@ -11,7 +11,7 @@ from biflow.data import DataConfig
 from biflow.data.images import PIXEL_CHANNELS
 from biflow.models import BiFlowConfig, TarFlowConfig
 from biflow.ops._checks import local_device, parse_device
-from biflow.train.distributed import ParallelConfig
+from biflow.train.distributed import ParallelConfig, check_parallel
 
 STRATEGIES = ("naive", "hidden_distillation", "hidden_alignment")
 NORMALIZATIONS = ("none", "token_rms", "mean_square")
@@ -360,7 +360,7 @@ class FlowTraining:
     def __post_init__(self):
         check_fields(self)
         _check_drop(self.label_drop)
-        _check_parallel(self, "representation", self.representation is not None)
+        check_parallel(self, "representation", self.representation is not None)
         if self.model.context_dim:
             raise ValueError(f"model.context_dim: expected 0 (data has no context), got {self.model.context_dim}")
         if self.representation is not None:
@@ -399,7 +399,7 @@ class InverseTraining:
     def __post_init__(self):
         check_fields(self)
         _check_drop(self.label_drop)
-        _check_parallel(self, "perceptual", bool(self.perceptual))
+        check_parallel(self, "perceptual", bool(self.perceptual))
         _one_of(self, GUIDANCE_DRAWS, "guidance_draw")
         strategy, weights = self.alignment.strategy, self.alignment.weight_states
         if self.model.reembed_states != (strategy == "hidden_distillation"):
@@ -456,13 +456,3 @@ def _only_where(config, name: str, takes: bool, given: str, where: str) -> None:
 def _check_drop(label_drop: float) -> None:
     if not (0 <= label_drop < 1):
         raise ValueError(f"label_drop: expected a number in [0, 1), got {label_drop}")
-
-
-def _check_parallel(config, name: str, other_networks: bool) -> None:
-    if config.optim.batch_size % config.parallel.accumulate:
-        raise ValueError(
-            f"optim.batch_size: expected a multiple of parallel.accumulate {config.parallel.accumulate}, "
-            f"got {config.optim.batch_size}"
-        )
-    if config.run.precision == "fp64" and other_networks:
-        raise ValueError(f"run.precision: expected fp32 or bf16 with {name}, whose networks are fp32; got 'fp64'")

@@ -20,6 +20,7 @@ from biflow.ops._checks import check_choice
 from biflow.train.draws import BatchGenerator
 
 if TYPE_CHECKING:
+    from biflow.train.configs import FlowTraining, InverseTraining
     from biflow.train.trainer import Objective
 
 STRATEGIES = ("ddp", "fsdp")
@@ -43,6 +44,17 @@ class ParallelConfig:
         check_choice("strategy", self.strategy, STRATEGIES)
         if self.accumulate < 1:
             raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
+
+
+def check_parallel(config: "FlowTraining | InverseTraining", name: str, other_networks: bool) -> None:
+    """ValueError: a batch without equal micro-batches, or fp64 where the loss has other networks, by the field `name`."""
+    if config.optim.batch_size % config.parallel.accumulate:
+        raise ValueError(
+            f"optim.batch_size: expected a multiple of parallel.accumulate {config.parallel.accumulate}, "
+            f"got {config.optim.batch_size}"
+        )
+    if config.run.precision == "fp64" and other_networks:
+        raise ValueError(f"run.precision: expected fp32 or bf16 with {name}, whose networks are fp32; got 'fp64'")
 
 
 class Losses(nn.Module):
