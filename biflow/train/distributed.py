@@ -47,7 +47,7 @@ class ParallelConfig:
 
 
 def check_parallel(config: "FlowTraining | InverseTraining", name: str, other_networks: bool) -> None:
-    """ValueError: a batch without equal micro-batches, or fp64 where the loss has other networks, by the field `name`."""
+    """ValueError: micro-batches of different sizes; fp64 where the loss has other networks, by the field `name`."""
     if config.optim.batch_size % config.parallel.accumulate:
         raise ValueError(
             f"optim.batch_size: expected a multiple of parallel.accumulate {config.parallel.accumulate}, "
