@@ -234,10 +234,12 @@ def _configuration(
 
 
 def _without_place(configuration: dict) -> dict:
-    """The configuration without what differs from one machine to the next: where the data lies, who decodes it."""
+    """The configuration without what differs from one machine to the next: where the data lies, who decodes it, how
+    many processes and micro-batches share a step."""
     stages = {k: v for k, v in configuration.items() if k in ("flow", "inverse") and v is not None}
     return configuration | {
-        k: v | {"data": {name: value for name, value in v["data"].items() if name not in PLACE}}
+        k: {name: value for name, value in v.items() if name != "parallel"}
+        | {"data": {name: value for name, value in v["data"].items() if name not in PLACE}}
         for k, v in stages.items()
     }
 

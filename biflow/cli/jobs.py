@@ -25,13 +25,17 @@ def train(config: Config, out: Out, overrides: Overrides = None, resume: Resume 
     digits_flow, fashion_flow, folder_flow, imagenet256_b2_flow, imagenet256_l2_flow, imagenet256_xl2_flow; with
     features aligned with an encoder's (representation): digits_aligned_flow, fashion_aligned_flow,
     imagenet64_aligned_flow, imagenet256_aligned_flow. SIGINT (Ctrl-C) and SIGTERM finish the step and write a
-    checkpoint to --resume from; exit codes 130 and 143.
+    checkpoint to --resume from; exit codes 130 and 143. Under torchrun all processes train together
+    (docs/distributed.md).
     """
-    from biflow import presets
+    from biflow import distributed, presets
     from biflow.train import train_flow
 
-    train_flow(presets.training(config, overrides or (), "flow"), out, resume=resume, progress=not quiet)
-    typer.echo(f"{out}/model.safetensors: trained; next: biflow sample {out}")
+    settings = presets.training(config, overrides or (), "flow")
+    with distributed.joined(settings.run.device) as processes:
+        train_flow(settings, out, resume=resume, progress=not quiet)
+    if processes.main:
+        typer.echo(f"{out}/model.safetensors: trained; next: biflow sample {out}")
 
 
 def distill(
@@ -47,13 +51,15 @@ def distill(
     The flow stays frozen. The folder is as of `biflow train`. Presets: digits_inverse,
     fashion_inverse, imagenet256_b2_inverse, imagenet256_l2_inverse, imagenet256_xl2_inverse.
     """
-    from biflow import presets
+    from biflow import distributed, presets
     from biflow.train import train_inverse
 
     settings = presets.training(config, overrides or (), "inverse")
-    check_latents(flow, settings.data)
-    train_inverse(settings, load_model(flow, "TarFlow"), out, resume=resume, progress=not quiet)
-    typer.echo(f"{out}/model.safetensors: trained; next: biflow sample {out}")
+    with distributed.joined(settings.run.device) as processes:
+        check_latents(flow, settings.data)
+        train_inverse(settings, load_model(flow, "TarFlow"), out, resume=resume, progress=not quiet)
+    if processes.main:
+        typer.echo(f"{out}/model.safetensors: trained; next: biflow sample {out}")
 
 
 def demo(
@@ -121,6 +127,7 @@ COMMANDS = (
             "biflow train fashion_flow run.sample_every=1000 run.precision=bf16 run.wandb=flows --out runs/fashion",
             "biflow train digits_flow 'representation={features: [[-1, 0]]}' --out runs/aligned",
             "biflow train my.yaml --out runs/mine --resume",
+            "torchrun --nproc-per-node 8 -m biflow train my.yaml run.device=cuda --out runs/mine",
         ),
     ),
     (

@@ -1,6 +1,7 @@
 """What one does with a checkpoint: sample, calibrate, evaluate, info."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,8 +24,9 @@ from biflow.cli.common import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch import Tensor
+    from torch import Generator, Tensor
 
+    from biflow.distributed import Processes
     from biflow.models import BiFlow, TarFlow
     from biflow.solvers import DecodeInfo, Policy
 
@@ -79,10 +81,11 @@ def sample(
     A .npz holds images (N,H,W,C) fp32 in [-1, 1] (or latents, as the model has them) and labels (N,) int64; with
     --format adm, and always with --vae, arr_0 (N,H,W,3) uint8, gray repeated, and arr_1 (N,) int64 labels, written
     batch by batch. --data and data.source read both.
-    A seed draws the same noise for every device.
+    A seed draws the same noise for every device, and under torchrun for any number of processes, which share the work.
     """
     import torch
 
+    from biflow import distributed
     from biflow.data.adm import write_adm
     from biflow.models import TarFlow
     from biflow.ops._checks import check_choice, local_device
@@ -91,7 +94,8 @@ def sample(
     check_choice("--format", arrays, ("float", "adm"))
     if arrays == "adm" and path.suffix != ".npz":
         raise ValueError(f"--format: expected adm only with --out FILE.npz, got {out!r}")
-    model, where = load_model(checkpoint, device=device), local_device(device)
+    where = local_device(device)
+    processes, model = distributed.join(where), load_model(checkpoint, device=device)
     decoder = None if vae is None else _decoder(checkpoint, vae, device, vae_batch, vae_tile, precision)
     if decoder is None:
         check_picture(path, model.config.in_channels, "or --vae with the autoencoder, or ")
@@ -116,25 +120,36 @@ def sample(
     options |= {"guidance": guidance, "temperature": temperature, "generator": torch.Generator().manual_seed(seed)}
     options["precision"] = precision
     score = _score(model, flow, device)
-    infos, finite = [], []
+    infos, bad = [], 0
 
-    def batches() -> "Iterator[Tensor]":
+    def rounds() -> "Iterator[Tensor | None]":
+        """What all processes draw in a round, on the main one; the others have to go along."""
+        nonlocal bad
         with model.frozen():
-            for start in range(0, n, BATCH):
-                labels = None if y is None else y[start : start + BATCH].to(where)
-                drawn = model.sample(min(BATCH, n - start), labels, **options)
-                drawn, *info = drawn if certify else (drawn,)
-                drawn = (drawn if score is None else score(drawn, labels)).cpu()
-                finite.append(drawn.isfinite().flatten(1).all(1))
-                infos.extend(info)
-                yield drawn
+            for rows in _rounds(processes, n, model, options["generator"]):
+                images = torch.empty(0)
+                if rows:
+                    labels = None if y is None else y[rows.start : rows.stop].to(where)
+                    drawn = model.sample(len(rows), labels, **options)
+                    drawn, *info = drawn if certify else (drawn,)
+                    images = (drawn if score is None else score(drawn, labels)).cpu()
+                    bad += len(rows) - int(images.isfinite().flatten(1).all(1).sum())
+                    infos.extend(replace(one, residual=one.residual.cpu()) for one in info)
+                    if decoder is not None:
+                        images = torch.cat(list(decoder(images)))
+                yield processes.gather_rows(images)
 
-    pictures = batches() if decoder is None else decoder(torch.cat(list(batches())))
-    if path.suffix == ".npz" and (arrays == "adm" or decoder is not None):
-        write_adm(path, pictures, n, y)
+    if not processes.main:
+        for _ in rounds():
+            pass
+    elif path.suffix == ".npz" and (arrays == "adm" or decoder is not None):
+        write_adm(path, rounds(), n, y)
     else:
-        _write(torch.cat([p.float() / 127.5 - 1 if decoder is not None else p for p in pictures]), y, path)
-    bad = n - int(torch.cat(finite).sum())
+        _write(torch.cat([x if decoder is None else x.float() / 127.5 - 1 for x in rounds()]), y, path)
+    bad, infos = int(processes.sum(torch.tensor(bad))), processes.gather(infos)
+    distributed.leave()
+    if not processes.main:
+        return
     if bad:
         typer.echo(f"biflow: {bad} of {n} images are not finite; less guidance or temperature helps", err=True)
     for line in _certificate(infos) if certify else []:
@@ -349,6 +364,24 @@ def _policy_table(policy: "Policy") -> list[str]:
 def _method(found: dict) -> str:
     window = f" {found['window']}" if found["window"] else ""
     return f"{found['solver']}{window}, {found['passes']} passes, {found['ms']:.3g} ms"
+
+
+def _rounds(processes: "Processes", n: int, model: "TarFlow | BiFlow", generator: "Generator") -> "Iterator[range]":
+    """The rows that this process draws in each round; a round is a batch of each process, by rank.
+
+    Empty where the last round has fewer batches. The noise of the others' batches is drawn and thrown away: sample i is
+    the same for any number of processes.
+    """
+    import torch
+
+    for first in range(0, n, BATCH * processes.count):
+        for rank in range(processes.count):
+            start = min(first + BATCH * rank, n)
+            rows = range(start, min(start + BATCH, n))
+            if rank == processes.rank:
+                yield rows
+            else:
+                torch.randn(len(rows), model.config.tokens, model.config.channels, generator=generator)
 
 
 def _score(

@@ -31,6 +31,10 @@ class Batch(NamedTuple):
     replaced: int
     turned: Tensor | None = None
 
+    def part(self, rows: slice) -> "Batch":
+        """Those rows; replaced is not known of them, and 0."""
+        return Batch(self.indices[rows], self.pixels[rows], 0, None if self.turned is None else self.turned[rows])
+
 
 class Stream:
     """Batches by step. The same bits whatever the number of workers and wherever it starts."""

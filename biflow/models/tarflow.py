@@ -7,7 +7,7 @@ positions, RMSNorm, SwiGLU, QK-norm and in-context class tokens (BiFlow, arXiv 2
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -473,17 +473,18 @@ class TarFlow(PassModule):
             return (leaf + self.config.noise_std**2 * score).detach()
 
     @torch.no_grad()
-    def update_prior(self, z: Tensor, rate: float = 0.1) -> None:
+    def update_prior(self, z: Tensor, rate: float = 0.1, mean: Callable[[Tensor], Tensor] = lambda t: t) -> None:
         """Move `var` a step of `rate` towards the second moment of z sqrt(var) over the batch; for shift_only models.
 
         z (B,T,D), B >= 1, as `encode` returned it: after the step an encode of that batch is nearer to unit variance.
+        mean: of a tensor over processes that have equal parts of the batch.
         """
         c = self.config
         if not c.shift_only:
             raise ValueError("update_prior: expected a shift_only model, whose prior variance is learned")
         if z.dim() != 3 or z.shape[0] < 1 or z.shape[1:] != self.var.shape:
             raise ValueError(f"z: expected shape (at least 1, {c.tokens}, {c.channels}), got {tuple(z.shape)}")
-        self.var.lerp_(z.to(self.var.dtype).square().mean(0) * self.var, rate)
+        self.var.lerp_(mean(z.to(self.var.dtype).square().mean(0)) * self.var, rate)
 
     def _check_condition(self, y: Tensor | None, context: Tensor | None, batch: int) -> None:
         weight = self.blocks[0].proj_in.weight

@@ -4,18 +4,17 @@ from biflow.train.configs import (
     GUIDANCE_DRAWS,
     STRATEGIES,
     AlignmentConfig,
-    EncoderConfig,
     FlowTraining,
     InverseTraining,
     OptimConfig,
-    PerceptualConfig,
-    RepresentationConfig,
     RunConfig,
 )
 from biflow.train.distill import alignment_loss, train_inverse
+from biflow.train.distributed import ParallelConfig
 from biflow.train.likelihood import likelihood_loss, train_flow
 from biflow.train.perceptual import Perceptual
 from biflow.train.representation import Representation, representation_loss
+from biflow.train.term_configs import EncoderConfig, PerceptualConfig, RepresentationConfig
 
 __all__ = [
     "GUIDANCE_DRAWS",
@@ -25,6 +24,7 @@ __all__ = [
     "FlowTraining",
     "InverseTraining",
     "OptimConfig",
+    "ParallelConfig",
     "Perceptual",
     "PerceptualConfig",
     "Representation",

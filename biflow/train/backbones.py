@@ -16,9 +16,9 @@ from biflow.data import ImageData, spread
 from biflow.ops._checks import check_choice
 from biflow.train import frozen
 from biflow.train.blocks import Residual
-from biflow.train.configs import PerceptualConfig
 from biflow.train.crops import random_boxes, resized_crops
 from biflow.train.frozen import Frozen
+from biflow.train.term_configs import PerceptualConfig
 
 CLASSIFIER_KIND = "perceptual classifier"
 CLASSIFIER_SEED = 0xC1A5  # added to the run's: not the judge of `biflow evaluate`, nor the inverse

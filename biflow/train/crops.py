@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from biflow.train.draws import draw_rows
+
 ATTEMPTS = 10
 
 
@@ -28,9 +30,9 @@ def random_boxes(
         (N, 4) int64: top, left, height, width.
     """
     height, width = size
-    kind = {"generator": generator, "device": generator.device, "dtype": torch.float64}
-    u, v = torch.rand(2, count, ATTEMPTS, **kind)
-    place = torch.rand(2, count, **kind)
+    kind = {"dim": 1, "device": generator.device, "dtype": torch.float64}
+    u, v = draw_rows(torch.rand, (2, count, ATTEMPTS), generator, **kind)
+    place = draw_rows(torch.rand, (2, count), generator, **kind)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u)
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = torch.exp(low + (high - low) * v)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biflow import checkpoint
+from biflow import checkpoint, distributed
 from biflow import data as datasets
 from biflow.models import BiFlow, TarFlow
 from biflow.models.layers import patchify, unpatchify
 from biflow.train import flops
 from biflow.train.configs import AlignmentConfig, InverseTraining
+from biflow.train.draws import draw_rows
 from biflow.train.likelihood import add_noise, drop_labels
 from biflow.train.perceptual import Perceptual
 from biflow.train.trainer import check_data, fit
@@ -169,7 +170,7 @@ def draw_guidance(
     draw "uniform": u largest; "log_uniform": expm1(u log1p(largest)), so that log(1 + w) is uniform and small
     strengths are seen most.
     """
-    u = torch.rand(count, generator=generator, device=device)
+    u = draw_rows(torch.rand, (count,), generator, device=device)
     return torch.expm1(u * math.log1p(largest)).clamp_max(largest) if draw == "log_uniform" else largest * u
 
 
@@ -233,6 +234,9 @@ class Alignment:
                 return alignment_loss(model, self.flow, x, y, generator, self.config, **options)
         return alignment_loss(model, self.flow, x, y, generator, self.config, **options)
 
+    def settle(self, model: BiFlow, mean: Callable[[Tensor], Tensor]) -> None:
+        """Nothing moves but by gradients."""
+
 
 def train_inverse(
     config: InverseTraining, flow: TarFlow, out: str | Path, *, resume: bool = False, progress: bool = True
@@ -244,6 +248,7 @@ def train_inverse(
         weights of a perceptual term. ImportError, FileNotFoundError: a term's library or weights are missing.
     """
     own, device = config.model, config.run.torch_device()
+    processes = distributed.join(config.run.device)
     if not isinstance(flow, TarFlow):
         raise TypeError(f"flow: expected a TarFlow, got {type(flow).__name__}")
     for name in ("img_size", "in_channels", "patch_size", "num_blocks"):
@@ -253,11 +258,12 @@ def train_inverse(
             )
     if own.num_classes and flow.config.num_classes not in (0, own.num_classes):
         raise ValueError(f"model.num_classes: expected {flow.config.num_classes} as in the flow, got {own.num_classes}")
-    data = datasets.load(config.data)
+    with processes.main_first():
+        data = datasets.load(config.data)
     check_data(data, own.img_size, own.in_channels, own.num_classes)
     if flow.config.noise_std == 0 and data.bin_width is None:
         raise ValueError("flow: expected noise_std more than 0 for data stored as floats, which has no bins; got 0")
-    frozen = copy.deepcopy(flow).to(device).eval()
+    frozen = copy.deepcopy(flow).to(device, config.run.torch_dtype).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = BiFlow(own)

@@ -17,8 +17,8 @@ from biflow.data.images import PIXEL_CHANNELS
 from biflow.evaluate.probe import linear_probe
 from biflow.ops._checks import check_choice
 from biflow.train import frozen, self_supervised
-from biflow.train.configs import EncoderConfig
 from biflow.train.frozen import Frozen
+from biflow.train.term_configs import EncoderConfig
 
 DINOV2 = "vit_base_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224  # 16 x 16 patches of 14 pixels

@@ -4,6 +4,7 @@ With `representation` its features are also aligned with an encoder's (FlowBack,
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from biflow import data as datasets
+from biflow import distributed
 from biflow.models import TarFlow
 from biflow.train import flops
 from biflow.train.configs import FlowTraining
+from biflow.train.draws import draw_rows
 from biflow.train.representation import Representation
 from biflow.train.trainer import check_data, fit
 
@@ -24,17 +27,17 @@ def add_noise(x: Tensor, noise_std: float, bin_width: float | None, generator: t
     ValueError: noise_std = 0 and no bin_width (data stored as floats has no bins to fill).
     """
     if noise_std > 0:
-        return x + noise_std * torch.randn(x.shape, generator=generator, device=x.device)
+        return x + noise_std * draw_rows(torch.randn, x.shape, generator, device=x.device)
     if bin_width is None:
         raise ValueError("noise_std: expected more than 0 for data stored as floats, which has no quantisation bins")
-    return x + bin_width * (torch.rand(x.shape, generator=generator, device=x.device) - 0.5)
+    return x + bin_width * (draw_rows(torch.rand, x.shape, generator, device=x.device) - 0.5)
 
 
 def drop_labels(y: Tensor | None, share: float, generator: torch.Generator) -> Tensor | None:
     """y (B,) with about `share` of its entries replaced by -1 (unconditional)."""
     if y is None or share == 0:
         return y
-    return torch.where(torch.rand(y.shape, generator=generator, device=y.device) < share, -1, y)
+    return torch.where(draw_rows(torch.rand, y.shape, generator, device=y.device) < share, -1, y)
 
 
 def likelihood_loss(flow: TarFlow, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -63,6 +66,7 @@ class Likelihood:
         self.module = nn.Module() if representation is None else representation.projectors
         self.identity: dict[str, Any] = {}
         self.flops = flops.training(config)
+        self.encoded: list[Tensor] = []  # z of the step's micro-batches so far
 
     def prepare(self, out: Path, progress: bool) -> None:
         """Without representation nothing: the loss needs the model alone."""
@@ -91,14 +95,22 @@ class Likelihood:
             loss = nats + self.config.representation.weight * alignment
             terms = {"likelihood": nats.detach(), "alignment": alignment.detach()}
         if training and self.config.model.shift_only:
-            model.update_prior(z.detach())
+            self.encoded.append(z.detach())
         return loss, terms
+
+    def settle(self, model: TarFlow, mean: Callable[[Tensor], Tensor]) -> None:
+        """Move the prior variance of shift_only models by the second moment of the whole batch."""
+        if self.encoded:
+            model.update_prior(torch.cat(self.encoded), mean=mean)
+            self.encoded.clear()
 
 
 def train_flow(config: FlowTraining, out: str | Path, *, resume: bool = False, progress: bool = True) -> TarFlow:
-    """Train a TarFlow; the run folder `out` gets config.yaml, environment.json, metrics.jsonl, tensorboard/,
-    checkpoints/ and model.safetensors; by settings samples/ and wandb/; with a self-supervised encoder
-    encoder.safetensors, with cached features features/.
+    """Train a TarFlow, in one process or in all of a job's (docs/distributed.md).
+
+    The run folder `out` gets config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and
+    model.safetensors; by settings samples/ and wandb/; with a self-supervised encoder encoder.safetensors, with cached
+    features features/.
 
     Args:
         config: the run's configuration.
@@ -116,7 +128,8 @@ def train_flow(config: FlowTraining, out: str | Path, *, resume: bool = False, p
         step was finished and a checkpoint written.
     """
     config.run.torch_device()
-    data = datasets.load(config.data)
+    with distributed.join(config.run.device).main_first():
+        data = datasets.load(config.data)
     check_data(data, config.model.img_size, config.model.in_channels, config.model.num_classes)
     if config.model.noise_std == 0 and data.bin_width is None:
         raise ValueError("model.noise_std: expected more than 0 for data stored as floats, which has no bins; got 0")

@@ -14,6 +14,7 @@ import yaml
 
 from biflow import presets
 from biflow.config import completed
+from biflow.distributed import Processes
 from biflow.files import TEMPORARY, replacing, sync
 from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
@@ -22,6 +23,7 @@ FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkp
 FREE_FIELDS |= {f"run.{name}" for name in ("wandb", "peak_flops", "activation_checkpointing")}
 FREE_FIELDS |= {f"run.{name}" for name in ("sample_every", "sample_images", "sample_guidance")}
 FREE_FIELDS |= {"data.workers", "data.index", "representation.cache_features"}
+FREE_FIELDS |= {"parallel.strategy", "parallel.accumulate"}
 
 
 def prepare(out: Path, config: dict, resume: bool) -> None:
@@ -82,20 +84,28 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def write_checkpoint(out: Path, step: int, fill: Callable[[Path], None], keep: int) -> None:
-    """Let `fill` write the files of a checkpoint into a new folder, make it appear at once, drop all but `keep`."""
+def write_checkpoint(out: Path, step: int, fill: Callable[[Path], None], keep: int, processes: Processes) -> None:
+    """Let `fill` write the files of a checkpoint into a new folder, make it appear at once, drop all but `keep`.
+
+    All processes call it; each fills, the main one does the rest. When it returns the checkpoint is there.
+    """
     folder = out / "checkpoints"
     target = folder / f"step_{step:08d}"
-    temporary = folder / f"{TEMPORARY}{target.name}-{secrets.token_hex(4)}"
-    temporary.mkdir()
+    temporary = folder / f"{TEMPORARY}{target.name}-{processes.same(secrets.token_hex(4))}"
+    with processes.main_first():
+        if processes.main:
+            temporary.mkdir()
     fill(temporary)
-    sync(temporary)
-    if target.exists():  # one that could not be read, from which this run did not continue
-        _remove(target)
-    temporary.rename(target)
-    sync(folder)
-    for old in checkpoints(out)[keep:]:
-        _remove(old)
+    processes.wait()
+    with processes.main_first():
+        if processes.main:
+            sync(temporary)
+            if target.exists():  # one that could not be read, from which this run did not continue
+                _remove(target)
+            temporary.rename(target)
+            sync(folder)
+            for old in checkpoints(out)[keep:]:
+                _remove(old)
 
 
 def cut_metrics(out: Path, step: int) -> None:

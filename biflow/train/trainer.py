@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from biflow import checkpoint
+from biflow import checkpoint, distributed
 from biflow.data import Batch, ImageData, Stream
 from biflow.models.layers import device_name
 from biflow.train import environment, flops, grids, runs
 from biflow.train.configs import FlowTraining, InverseTraining
+from biflow.train.distributed import Losses, rows_of, spread
+from biflow.train.draws import BatchGenerator, draw_rows
 from biflow.train.memory import checkpoint_layers
 from biflow.train.metrics import Metrics, check_writers
 from biflow.train.optim import Average, DataOrder, learning_rate, make_optimizer
 from biflow.train.speed import Speed, in_progress_bar
 
 STATE_KIND = "training state"
+SHARDS = "shards"  # what the metadata of a sharded state says of them
 OWN = "objective."  # what names of the objective's own parameters begin with in a state
 VALIDATION_SEED = 0x5EED  # its noise is the same in every validation
 
@@ -55,10 +58,15 @@ class Objective(Protocol):
         training: bool,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B,C,H,W) clean, y (B,) or None -> (scalar loss, terms to log). training: drop labels, move buffers.
+        """x (B,C,H,W) clean, y (B,) or None -> (scalar loss, terms to log), means over rows. training: drop labels.
 
-        rows: (B,) of the N training images, i of image i, N + i of it mirrored; None: held-out ones.
+        generator: by `draw_rows`. rows: (B,) of the N training images, i of image i, N + i of it mirrored; None:
+        held-out ones.
         """
+        ...
+
+    def settle(self, model: nn.Module, mean: Callable[[Tensor], Tensor]) -> None:
+        """Once a step, after its last gradient: move what no gradient moves. mean: of a tensor over processes."""
         ...
 
 
@@ -69,20 +77,27 @@ class Trainer:
         self, model: nn.Module, objective: Objective, data: ImageData, config: FlowTraining | InverseTraining, out: Path
     ):
         self.config, self.objective, self.data, self.out = config, objective, data, out
-        self.device = config.run.torch_device()
+        self.processes = distributed.join(config.run.torch_device())
+        self.parallel = spread(config.parallel, self.processes, config.optim.batch_size)
+        self.device = self.processes.device
+        self.dtype = config.run.torch_dtype
         self.mapping = {"stage": objective.stage, **checkpoint.to_mapping(config)}
-        self.model = model.to(self.device).train()
+        self.model = model.to(self.device, self.dtype).train()
         self.average = Average(self.model, config.optim.ema)
         if config.run.activation_checkpointing:
             checkpoint_layers(self.model)
         if config.run.compile:
             self.model.compile(fullgraph=True, dynamic=False)
-        self.own = objective.module.to(self.device).train()
+        self.own = objective.module.to(self.device, self.dtype).train()
+        self.losses = self.parallel.trained(Losses(self.model, objective, trained=True))
+        self.averaged_losses = self.parallel.averaged(Losses(self.average.model, objective, trained=False))
         self.optimizer = make_optimizer(self.model, config.optim, self.own)
         self.order = DataOrder(len(data.train_x), config.optim.batch_size, config.run.seed)
-        self.stream = Stream(data.train_x, self.order.indices, config.optim.steps, seed=config.run.seed)
-        self.generator = torch.Generator(self.device).manual_seed(config.run.seed)
+        indices = rows_of(self.order.indices, self.parallel.own)
+        self.stream = Stream(data.train_x, indices, config.optim.steps, seed=config.run.seed)
+        self.generator = BatchGenerator(self.device).manual_seed(config.run.seed)
         peak = config.run.peak_flops or flops.peak(device_name(self.device), config.run.precision)
+        peak = None if peak is None else peak * self.processes.count
         self.speed = Speed(config.optim.batch_size, config.optim.batch_size * objective.flops, peak)
         self.step = 0
         self.seconds = 0.0
@@ -93,65 +108,85 @@ class Trainer:
 
         Errors: `check_writers`, `runs.prepare`, FloatingPointError.
         """
+        main = self.processes.main
         check_writers(self.config.run)
-        runs.prepare(self.out, self.mapping, resume)
-        self.objective.prepare(self.out, progress)
+        with self.processes.main_first():
+            if main:
+                runs.prepare(self.out, self.mapping, resume)
+            self.objective.prepare(self.out, progress and main)
         self._restore_newest()
-        runs.cut_metrics(self.out, self.step)
-        environment.record(self.out, self.step, self.device)
+        if main:
+            runs.cut_metrics(self.out, self.step)
+            environment.record(self.out, self.step, self.device)
         started = time.perf_counter() - self.seconds
         steps = self.config.optim.steps
         tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaks
         shown: dict[str, Any] = {}
-        bar = tqdm(total=steps, initial=self.step, desc=self.objective.stage, unit="step", disable=not progress)
+        bar = tqdm(
+            total=steps, initial=self.step, desc=self.objective.stage, unit="step", disable=not (progress and main)
+        )
         with (
             runs.delayed_signals() as signals,
-            Metrics(self.out, self.step, self.config.run, self.mapping) as log,
+            Metrics(self.out, self.step, self.config.run, self.mapping) if main else contextlib.nullcontext() as log,
             contextlib.closing(self.stream),
             bar,
         ):
-            while self.step < steps and not signals:
+            stop = self._agreed(signals)
+            while self.step < steps and not stop:
                 with self.speed.step():
                     self._train_step()
                 self.seconds = time.perf_counter() - started
+                stop = self._agreed(signals)
                 for line in self._reports():
-                    log.write(line)
+                    if main:
+                        log.write(line)
                     shown |= in_progress_bar(line)
                     bar.set_postfix(shown, refresh=False)
                 bar.update()
-                if self._due(self.config.run.checkpoint_every) or signals:
-                    log.sync()
+                if self._due(self.config.run.checkpoint_every) or stop:
+                    if main:
+                        log.sync()
                     self.save()
                 if self.config.run.sample_every is not None and self._due(self.config.run.sample_every):
-                    log.image(grids.draw(self.average.model, self.config.run, self.out, self.step), self.step)
-        if self.data.corrupt:
+                    average = self.parallel.whole_model(self.average.model, keep=main)
+                    if main:
+                        log.image(grids.draw(average, self.config.run, self.out, self.step), self.step)
+        if self.data.corrupt and main:
             text = f"{len(self.data.corrupt)} corrupt images were met and replaced: {self.out / 'corrupt.txt'}"
             tqdm.write(f"biflow: {text}", file=sys.stderr)
-        if self.step == steps:
-            self._save_result(self.out / "model.safetensors")
-        if signals:
+        model = self.parallel.whole_model(self.average.model, keep=self.step == steps)
+        if self.step == steps and main:
+            self._save_result(model, self.out / "model.safetensors")
+        self.processes.wait()
+        if stop:
             text = f"stopped by a signal at step {self.step} of {steps}, after writing a checkpoint to resume from"
-            if signals[0] == signal.SIGINT:
+            if stop == signal.SIGINT:
                 raise KeyboardInterrupt(text)
-            tqdm.write(f"biflow: {text}", file=sys.stderr)  # the exit code takes the place of SystemExit's text
-            raise SystemExit(128 + signals[0])
-        return self.average.model
+            if main:
+                tqdm.write(f"biflow: {text}", file=sys.stderr)  # the exit code takes the place of SystemExit's text
+            raise SystemExit(128 + stop)
+        return model.to(self.device)
 
-    def _save_result(self, path: Path) -> None:
+    def _agreed(self, signals: list[int]) -> int:
+        """The signal by which all processes stop after this step; 0: none has come to any of them."""
+        return self.processes.most(signals[0] if signals else 0)
+
+    def _save_result(self, model: nn.Module, path: Path) -> None:
         """Write the averaged model, unless it is there: what was added to the file since, a policy say, stays."""
         try:
             written = checkpoint.fingerprint(checkpoint.load(path))
         except (FileNotFoundError, ValueError):
             written = None
-        if written != checkpoint.fingerprint(self.average.model):
-            checkpoint.save(self.average.model, path, self._about())
+        if written != checkpoint.fingerprint(model):
+            checkpoint.save(model, path, self._about())
 
     def _about(self) -> dict[str, Any]:
         """The metadata of model files: of a flow of latents also what decodes them."""
         return {"step": self.step, **({} if self.data.latents is None else {"latents": self.data.latents})}
 
     def save(self) -> None:
-        """Write checkpoints/step_XXXXXXXX/{model,state}.safetensors."""
+        """Write checkpoints/step_XXXXXXXX/{model,state}.safetensors, and shards/ of a sharded run."""
+        main = self.processes.main
 
         def fill(folder: Path) -> None:
             tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -162,14 +197,20 @@ class Trainer:
             metadata = {"step": self.step, "seconds": self.seconds, "window": self.window, **self.objective.identity}
             if self.data.fingerprint is not None:
                 metadata["data_sha256"] = self.data.fingerprint
-            checkpoint.write(folder / "state.safetensors", STATE_KIND, tensors, self.mapping, metadata)
-            checkpoint.save(self.average.model, folder / "model.safetensors", self._about())
+            tensors, shards = self.parallel.write_shards(folder, tensors)
+            metadata |= {SHARDS: shards} if shards else {}
+            average = self.parallel.whole_model(self.average.model, keep=main)
+            if main:
+                checkpoint.write(folder / "state.safetensors", STATE_KIND, tensors, self.mapping, metadata)
+                checkpoint.save(average, folder / "model.safetensors", self._about())
 
-        if self.data.corrupt:
-            self.data.corrupt.write(self.out / "corrupt.txt")
-        runs.write_checkpoint(self.out, self.step, fill, self.config.run.keep)
+        if self.data.corrupt is not None:
+            self.data.corrupt.reasons.update(self.processes.gather(list(self.data.corrupt.reasons.items())))
+            if main and self.data.corrupt:
+                self.data.corrupt.write(self.out / "corrupt.txt")
+        runs.write_checkpoint(self.out, self.step, fill, self.config.run.keep, self.processes)
 
-    def restore(self, state: checkpoint.Contents, average: nn.Module) -> None:
+    def restore(self, state: checkpoint.Contents, average: nn.Module, folder: Path) -> None:
         """Continue from what a checkpoint holds. ValueError: it is of a run with another configuration."""
         found = {**runs.with_defaults(state.config), **state.metadata}
         runs.check_same(found, {**self.mapping, **self.objective.identity}, str(self.out))
@@ -179,9 +220,17 @@ class Trainer:
                 f"{self.out}: expected the images of {self.config.data.source} that the run began with, got others "
                 "(names, labels or what is left out have changed): the order of the epoch would be another"
             )
+        like = {f"model.{k}": p for k, p in self.model.named_parameters()}
+        like |= {f"{OWN}{k}": p for k, p in self.own.named_parameters()}
+        like |= {f"{key}.{name}": p for name, p in self._parameters() for key in ("exp_avg", "exp_avg_sq")}
+        if SHARDS in metadata:
+            tensors |= self.parallel.read_shards(folder, metadata[SHARDS], like)
+        tensors = {name: self.parallel.placed(tensor, like.get(name)) for name, tensor in tensors.items()}
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         self.own.load_state_dict({k[len(OWN) :]: v for k, v in tensors.items() if k.startswith(OWN)})
-        self.average.model.load_state_dict(average.state_dict())
+        means = dict(self.average.model.named_parameters())
+        found = average.state_dict()
+        self.average.model.load_state_dict({k: self.parallel.placed(v, means.get(k)) for k, v in found.items()})
         for name, parameter in self._parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
             if keys:  # a parameter that had no gradient yet has no moments
@@ -194,17 +243,21 @@ class Trainer:
         """Mean loss and terms of the averaged weights on held-out images, with the same noise every time."""
         count, limit = len(self.data.val_x), self.config.run.validate_images
         chosen = torch.linspace(0, count - 1, min(count, limit), dtype=torch.float64).round().long()
-        generator = torch.Generator(self.device).manual_seed(VALIDATION_SEED)
+        generator = BatchGenerator(self.device).manual_seed(VALIDATION_SEED)
         sums: dict[str, float] = {}
         parts = chosen.split(self.config.optim.batch_size)
-        with contextlib.closing(Stream(self.data.val_x, parts.__getitem__, len(parts))) as stream:
-            for part, indices in enumerate(parts):
+        shares = [self.processes.split(len(part)) for part in parts]
+        own = [share or range(1) for share in shares]  # nobody has no rows: sharded weights are gathered by all
+        read = [part[rows.start : rows.stop] for part, rows in zip(parts, own, strict=True)]
+        with contextlib.closing(Stream(self.data.val_x, read.__getitem__, len(read))) as stream:
+            for part, (share, rows) in enumerate(zip(shares, own, strict=True)):
                 x, y = self._images(stream.read(part), self.data.val_y)
+                generator.part = (rows.start, len(parts[part])) if self.processes.count > 1 else None
                 with self._autocast():
-                    loss, terms = self.objective.loss(self.average.model, x, y, generator, training=False)
+                    loss, terms = self.averaged_losses(x, y, generator, training=False)
                 for name, value in {"loss": loss, **terms}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * len(indices) / len(chosen)
-        return sums
+                    sums[name] = sums.get(name, 0.0) + float(value) * len(share) / len(chosen)
+        return {name: value * self.processes.count for name, value in self.parallel.mean(sums).items()}
 
     def _train_step(self) -> None:
         optim = self.config.optim
@@ -213,23 +266,18 @@ class Trainer:
             group["lr"] = rate
         with self.speed.data():
             batch = self.stream.read(self.step)
-        x, y = self._images(batch, self.data.train_y)
-        rows = batch.indices
-        if batch.turned is not None:  # the data has mirrored images of its own
-            rows = rows + len(self.data.train_x) * batch.turned
-        elif self.config.data.flip:
-            turned = torch.rand(len(x), generator=self.generator, device=self.device) < 0.5
-            x = torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x)
-            rows = rows.to(self.device) + len(self.data.train_x) * turned
-        with self._autocast():
-            loss, terms = self.objective.loss(self.model, x, y, self.generator, training=True, rows=rows)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        parameters = [parameter for _, parameter in self._parameters()]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, optim.grad_clip or math.inf)
-        values = {"loss": float(loss.detach()), **{k: float(v) for k, v in terms.items()}, "grad_norm": float(norm)}
+        values: dict[str, float] = {}
+        for part in self.parallel.micro_batches(self.losses, self.generator):
+            loss, terms = self._loss(batch.part(part))
+            (loss / self.parallel.accumulate).backward()
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                values[name] = values.get(name, 0.0) + float(value) / self.parallel.accumulate
+        self.objective.settle(self.model, self.parallel.mean_tensor)
         if self.data.corrupt is not None:
-            values["replaced"] = float(batch.replaced)
+            values["replaced"] = float(batch.replaced * self.processes.count)  # a sum over processes
+        values = self.parallel.mean(values)
+        values["grad_norm"] = self.parallel.clip([parameter for _, parameter in self._parameters()], optim.grad_clip)
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
             raise FloatingPointError(
@@ -241,6 +289,19 @@ class Trainer:
         self.step += 1
         for name, value in {**values, "count": 1.0}.items():
             self.window[name] = self.window.get(name, 0.0) + value
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`Objective.loss` of training images, half of them mirrored where the data is flipped."""
+        x, y = self._images(batch, self.data.train_y)
+        rows = batch.indices
+        if batch.turned is not None:  # the data has mirrored images of its own
+            rows = rows + len(self.data.train_x) * batch.turned
+        elif self.config.data.flip:
+            turned = draw_rows(torch.rand, (len(x),), self.generator, device=self.device) < 0.5
+            x = torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x)
+            rows = rows.to(self.device) + len(self.data.train_x) * turned
+        with self._autocast():
+            return self.losses(x, y, self.generator, training=True, rows=rows)
 
     def _reports(self) -> Iterator[dict[str, Any]]:
         """The lines for metrics.jsonl that are due after this step."""
@@ -264,29 +325,35 @@ class Trainer:
 
     def _images(self, batch: Batch, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = None if labels is None or not self.config.model.num_classes else labels[batch.indices].to(self.device)
-        return self.data.train_x.quantisation.values(batch.pixels.to(self.device)), y
+        return self.data.train_x.quantisation.values(batch.pixels.to(self.device)).to(self.dtype), y
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16")
 
     def _restore_newest(self) -> None:
-        """Continue from the newest checkpoint that can be read, if there is one."""
+        """Continue from the newest checkpoint that all processes can read, if there is one."""
         unreadable = []
-        for folder in runs.checkpoints(self.out):
+        for folder in self.processes.same(runs.checkpoints(self.out)):
+            problem = ""
             try:
                 state = checkpoint.read(folder / "state.safetensors")
                 if state.kind != STATE_KIND:
                     raise ValueError(f"{folder}: expected a training state, got {state.kind!r}")
-                average = checkpoint.load(folder / "model.safetensors", self.device)
+                average = checkpoint.load(folder / "model.safetensors")
+                if SHARDS in state.metadata:
+                    self.parallel.check_shards(folder, state.metadata[SHARDS])
             except (OSError, ValueError) as error:
-                unreadable.append(str(error))
+                problem = str(error)
+            problems = list(filter(None, self.processes.gather([problem])))
+            if problems:
+                unreadable.append(problems[0])
                 continue
-            self.restore(state, average)
+            self.restore(state, average, folder)
             break
         else:
             if unreadable:
                 raise ValueError(f"{self.out}: no checkpoint of the run can be read: {'; '.join(unreadable)}")
-        for reason in unreadable:
+        for reason in unreadable if self.processes.main else ():
             tqdm.write(f"biflow: continuing from step {self.step}, an older checkpoint: {reason}", file=sys.stderr)
 
 

@@ -1,0 +1,165 @@
+"""What tests/test_distributed.py runs under torchrun: `distributed_worker.py FOLDER JOB...`, one after the other."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from tiny_training import changed, flow_config, interrupted, inverse_config, random_flow
+
+from biflow import cli, distributed, train
+from biflow.train import FlowTraining, InverseTraining, ParallelConfig, trainer
+
+STEPS, INVERSE_STEPS = 20, 6
+
+
+def flow(folder: Path, strategy: str = "ddp", accumulate: int = 1, every: int = 1) -> FlowTraining:
+    """A shift_only flow (its prior variance moves by the whole batch) in fp64, with checkpoints every few steps."""
+    options = {"checkpoint_every": every, "validate_every": 5, "keep": 30, "precision": "fp64"}
+    config = flow_config(folder / "images.npz", STEPS, every=1, **options)
+    return dataclasses.replace(
+        changed(config, "model", shift_only=True), parallel=ParallelConfig(strategy=strategy, accumulate=accumulate)
+    )
+
+
+def inverse(folder: Path, strategy: str = "ddp", accumulate: int = 1) -> InverseTraining:
+    """With guidance, a pass without gradients in each step."""
+    config = inverse_config(folder / "images.npz", INVERSE_STEPS, every=1, keep=30, precision="fp64")
+    return dataclasses.replace(config, parallel=ParallelConfig(strategy=strategy, accumulate=accumulate))
+
+
+def naive(folder: Path, **options) -> InverseTraining:
+    """Heads that no term reaches."""
+    return changed(inverse(folder, **options), "alignment", strategy="naive")
+
+
+def train_inverse(config: InverseTraining, folder: Path, name: str) -> None:
+    train.train_inverse(config, random_flow(flow_config(folder).model), folder / name, progress=False)
+
+
+def at_step(step: int, rank: int, act) -> None:
+    """Let that process call `act(trainer)` before its step."""
+    original = trainer.Trainer._train_step
+
+    def patched(self):
+        if (self.step + 1, self.processes.rank) == (step, rank):
+            act(self)
+        original(self)
+
+    trainer.Trainer._train_step = patched
+
+
+def ddp(folder):
+    train.train_flow(flow(folder), folder / "ddp", progress=False)
+
+
+def fsdp(folder):
+    """The run of `ddp` from step 4 on, sharded; then the second half of that again."""
+    with distributed.join().main_first():
+        if distributed.join().main:
+            interrupted(folder / "ddp", folder, 4).rename(folder / "fsdp")
+    config = flow(folder, "fsdp", accumulate=2)
+    train.train_flow(config, folder / "fsdp", resume=True, progress=False)
+    with distributed.join().main_first():
+        if distributed.join().main:
+            interrupted(folder / "fsdp", folder, 12).rename(folder / "fsdp_again")
+            shutil.copytree(folder / "fsdp_again", folder / "fsdp_alone")
+    train.train_flow(config, folder / "fsdp_again", resume=True, progress=False)
+
+
+def inverses(folder):
+    train_inverse(inverse(folder, "ddp", accumulate=2), folder, "inverse_ddp")
+    train_inverse(inverse(folder, "fsdp", accumulate=2), folder, "inverse_fsdp")
+    train_inverse(naive(folder), folder, "naive_ddp")
+    train_inverse(naive(folder, strategy="fsdp"), folder, "naive_fsdp")
+
+
+def stopped(folder):
+    """SIGTERM for one process: all stop after the same step."""
+    at_step(7, 1, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        train.train_flow(flow(folder, every=5), folder / "stopped", progress=False)
+    except SystemExit as stop:
+        said = f"exit code {stop.code}"
+    (folder / f"stopped_{distributed.join().rank}").write_text(said)
+
+
+def not_finite(folder):
+    """A loss of NaN in one process: all stop."""
+
+    def spoil(run):
+        run.objective.loss = lambda *given, loss=run.objective.loss, **options: (
+            loss(*given, **options)[0] * float("nan"),
+            {},
+        )
+
+    at_step(3, 1, spoil)
+    try:
+        train.train_flow(flow(folder), folder / "not_finite", progress=False)
+    except FloatingPointError as error:
+        said = str(error)
+    (folder / f"not_finite_{distributed.join().rank}").write_text(said)
+
+
+def does_not_divide(folder):
+    try:
+        train.train_flow(changed(flow(folder), "optim", batch_size=15), folder / "odd", progress=False)
+    except ValueError as error:
+        said = str(error)
+    (folder / f"does_not_divide_{distributed.join().rank}").write_text(said)
+
+
+def gathers(folder):
+    """What helpers give each process."""
+    import torch
+
+    own = distributed.join()
+    share = own.split(7)
+    rows = own.gather_rows(torch.arange(7)[share.start : share.stop, None] * torch.tensor([1.0, 0.5]))
+    found = [own.count, list(share), own.same(own.rank), own.most(own.rank), own.gather([own.rank])]
+    found += [None if rows is None else rows.tolist(), own.gather_rows(torch.zeros(own.rank, 2)) is not None]
+    (folder / f"gathers_{own.rank}").write_text(json.dumps(found))
+
+
+def killed(folder):
+    """SIGKILL for one process, between two checkpoints."""
+    at_step(13, 1, lambda run: os.kill(os.getpid(), signal.SIGKILL))
+    train.train_flow(flow(folder, every=5), folder / "killed", progress=False)
+
+
+def thirds(folder):
+    """A run of any number of processes, and its second half again."""
+    config = changed(flow_config(folder / "images.npz", 8, 4), "optim", batch_size=15)
+    train.train_flow(config, folder / "thirds", progress=False)
+    with distributed.join().main_first():
+        if distributed.join().main:
+            interrupted(folder / "thirds", folder, 4).rename(folder / "thirds_again")
+    train.train_flow(config, folder / "thirds_again", resume=True, progress=False)
+
+
+def grids(folder):
+    """Activations computed again, and pictures on the way."""
+    for strategy in ("ddp", "fsdp"):
+        train.train_flow(pictured(folder, strategy), folder / f"grids_{strategy}", progress=False)
+
+
+def pictured(folder: Path, strategy: str = "ddp") -> FlowTraining:
+    config = flow_config(folder / "images.npz", 4, every=2)
+    config = changed(config, "run", activation_checkpointing=True, sample_every=2, sample_images=4)
+    return dataclasses.replace(config, parallel=ParallelConfig(strategy=strategy))
+
+
+def sample(folder):
+    """The last job: the command leaves the group."""
+    words = ["sample", folder / "flow.safetensors", "--n", "600", "--format", "adm", "--out", folder / "many.npz"]
+    assert cli.main([*map(str, words)]) == 0
+
+
+if __name__ == "__main__":
+    for job in sys.argv[2:]:
+        step = trainer.Trainer._train_step
+        globals()[job](Path(sys.argv[1]))
+        trainer.Trainer._train_step = step
