@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md: what ImageNet 256 costs on 8 and 64 GPUs, from measured rates and stated assumptions.
 
-FLOPs are counted from the models (`linear_flops`); what autograd keeps of an image is measured here, on the CPU, under
+FLOPs are those of `biflow.train.flops`; what autograd keeps of an image is measured here, on the CPU, under
 bf16 autocast; the rates are those of `benchmarks/results/nvidia-h200.json`. The constants below are assumptions, and
 only they and the measured file make the tables: change them for your machine.
 
@@ -16,8 +16,7 @@ from torch import nn
 
 from biflow import presets
 from biflow.models import BiFlow, TarFlow
-
-from .gpu.models import linear_flops
+from biflow.train import flops
 
 MODELS = {"B/2": "b2", "L/2": "l2", "XL/2": "xl2"}
 GPUS = (8, 64)  # of 8 a node
@@ -36,13 +35,6 @@ def model_of(name: str) -> TarFlow | BiFlow:
     config = presets.training(name).model
     with torch.device("meta"):
         return (TarFlow if name.endswith("flow") else BiFlow)(config)
-
-
-def flops(model: TarFlow | BiFlow) -> float:
-    """Of one image's pass."""
-    c = model.config
-    prefix = c.class_tokens + getattr(c, "guidance_tokens", 0)
-    return linear_flops(model, (c.img_size // c.patch_size) ** 2 + prefix)
 
 
 def kept_bytes(model: TarFlow | BiFlow) -> int:
@@ -77,7 +69,7 @@ def count(model: nn.Module) -> int:
 
 
 def all_reduce_seconds(parameters: int, gpus: int) -> float:
-    """Of fp32 gradients by a ring: 2 (n - 1) / n of the bytes through the slowest link."""
+    """Of fp32 gradients by a ring: 2 (n - 1) / n of the bytes through the slowest link. A step takes at least that."""
     return 2 * (gpus - 1) / gpus * 4 * parameters / (NVLINK if gpus <= 8 else NETWORK)
 
 
@@ -97,20 +89,24 @@ def tables(measured: dict) -> list[str]:
     second.append("|---" * 10 + "|")
     for title, short in MODELS.items():
         flow, inverse = (model_of(f"imagenet256_{short}_{stage}") for stage in EPOCHS)
-        # stage two: the frozen flow's encode, and a branch without gradients for guidance
-        steps = {"flow": 3 * flops(flow), "inverse": flops(flow) + 4 * flops(inverse)}
+        configs = {stage: presets.training(f"imagenet256_{short}_{stage}") for stage in EPOCHS}
+        passes = {"flow": flops.flow(flow.config), "inverse": flops.inverse(inverse.config, states=False)}
+        steps = {
+            "flow": flops.training(configs["flow"]),
+            "inverse": flops.training(configs["inverse"], flow.config),
+        }
         for stage, model in (("flow", flow), ("inverse", inverse)):
-            parameters, one = count(model), flops(model)
+            parameters = count(model)
             kept = kept_bytes(model_of(f"imagenet256_{short}_{stage}"))
-            state = STATE_BYTES * parameters + (2 * count(flow) if stage == "inverse" else 0)
+            state = STATE_BYTES * parameters + (4 * count(flow) if stage == "inverse" else 0)
             fit = int((MEMORY - state) / kept)
             name = f"{title} {stage}"
-            cells = [parameters / 1e6, one / 1e9, steps[stage] / 1e9, kept / 1e6]
+            cells = [parameters / 1e6, passes[stage] / 1e9, steps[stage] / 1e9, kept / 1e6]
             first.append(line([name, *(f"{c:.0f}" for c in cells), f"{state / 1e9:.1f}", fit]))
-            config = presets.training(f"imagenet256_{short}_{stage}")
-            batch, tokens = config.optim.batch_size, (32 // config.model.patch_size) ** 2
+            batch, tokens = configs[stage].optim.batch_size, model.config.tokens
             for gpus in GPUS:
-                seconds = [batch / gpus * steps[stage] / (share * rate) for share in SHARES]
+                reduce = all_reduce_seconds(parameters, gpus)
+                seconds = [max(batch / gpus * steps[stage] / (share * rate), reduce) for share in SHARES]
                 per = [batch / s for s in seconds]
                 hours = [IMAGES * EPOCHS[stage] / p / 3600 for p in per]
                 second.append(
@@ -120,7 +116,7 @@ def tables(measured: dict) -> list[str]:
                             gpus,
                             batch // gpus,
                             _range(seconds, 1e3),
-                            f"{1e3 * all_reduce_seconds(parameters, gpus):.0f}",
+                            f"{1e3 * reduce:.0f}",
                             _range(per),
                             _range([p * tokens for p in per]),
                             _range([p * LATENT_BYTES for p in per], 1e-6),
@@ -133,7 +129,9 @@ def tables(measured: dict) -> list[str]:
 
 
 def _range(values: list[float], factor: float = 1.0) -> str:
-    return " to ".join(f"{factor * v:,.3g}" if factor * v < 100 else f"{factor * v:,.0f}" for v in values)
+    """The values, once each."""
+    shown = [f"{factor * v:,.3g}" if factor * v < 100 else f"{factor * v:,.0f}" for v in values]
+    return " to ".join(dict.fromkeys(shown))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ BATCH = 256  # images drawn at once: memory does not grow with --n
 
 def sample(
     checkpoint: Checkpoint,
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of images.")] = 16,
+    n: Annotated[int, typer.Option("--n", "--count", min=1, help="Number of images.")] = 16,
     out: Annotated[str, typer.Option("--out", help="A .png (a grid) or .npz (images, labels).")] = "samples.png",
     label: Annotated[
         str,
