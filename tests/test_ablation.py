@@ -228,7 +228,9 @@ def test_the_table_has_the_orderings(study, capsys):
     line = ["ablate", *map(str, rows(study)), "--out", str(study / "out"), "--seeds", "0", "--quiet"]
     assert cli.main([*line, "--orderings", str(file)]) == 0
     assert "| learned | exact | 1 |" in capsys.readouterr().out
-    assert "| one seed | a paper |" in (study / "out" / "table.md").read_text()
+    text = (study / "out" / "table.md").read_text()
+    assert "| one seed | a paper |" in text
+    assert "In all: 1 one seed." in text
     file.write_text("first: {better: learned, worse: learned, source: a paper}\n")
     assert cli.main([*line, "--orderings", str(file)]) == 2
     assert "expected two rows, got 'learned' twice" in capsys.readouterr().err

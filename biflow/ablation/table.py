@@ -1,6 +1,7 @@
 """Results as a Markdown table and a plot."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,16 +70,20 @@ def orderings_table(results: dict[str, list[dict]], orderings: Sequence[Ordering
         "| source |",
         "|---" * 10 + "|",
     ]
+    verdicts: Counter[str] = Counter()
     for ordering in orderings:
         found = compare(ordering, results)
         if found is None:
             continue
+        verdicts[found.verdict] += 1
         cells = [results[name][0]["title"] for name in (ordering.better, ordering.worse)]
         cells.append("each row's best" if ordering.guidance is None else f"{ordering.guidance:g}")
         cells += [f"{value:.4g}" for value in (found.better, found.worse, found.difference)]
         cells += ["" if found.noise is None else f"{found.noise:.2g}", str(found.seeds), found.verdict, ordering.source]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
+        "",
+        f"In all: {', '.join(f'{count} {verdict}' for verdict, count in sorted(verdicts.items()))}.",
         "",
         "Difference: mean over seeds of each seed's own difference. Noise: half its 95% confidence interval (Student's "
         "t: the fewer seeds, the wider). Holds: the difference is larger; does not hold: it is below minus the noise. "
