@@ -251,7 +251,8 @@ def test_strides_do_not_matter(kind):
         error = ops.alignment_error(leaf, turned, *loose, scale=scale.t().contiguous().t(), **options)
         grads = torch.autograd.grad(error, [leaf, *leaves], 1 + torch.arange(6) / 3)
         for got, expected in zip((error, *grads), want, strict=True):
-            torch.testing.assert_close(got, expected, msg=name)
+            rounding = torch.finfo(torch.float32).eps * float(expected.abs().max())  # of sums in another order
+            assert float((got - expected).detach().abs().max()) <= 4 * rounding, name
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)], ids=str)

@@ -287,22 +287,28 @@ def with_cuda_kernels(monkeypatch):
 def test_kernel_on_a_gpu(with_cuda_kernels):
     kernel = "biflow.attention_forward.default"
 
-    def causal(q, k, v):
-        return ops.attention(q, k, v, causal=True)
+    def causal(q, k, v, weights):
+        return ops.attention(q, k, v, causal=True, mask=weights > 0)
 
     def qkv(x, weight, table):
         return ops.attention_qkv(x, heads=2, q_norm=weight, k_norm=weight, rope=(table, table), prefix=3)
 
     for d in (32, 64, 128):
-        assert traced(causal, *[(2, 3, 5, d)] * 3) == [kernel, "aten.transpose.int"]
+        assert traced(causal, *[(2, 3, 5, d)] * 3, (2, 5)) == ["aten.gt.Scalar", kernel, "aten.transpose.int"]
     for guard in (torch.no_grad, torch.inference_mode):
         with guard():
-            assert kernel in traced(causal, *[(2, 3, 5, 64)] * 3, dtype=torch.float16)
+            assert kernel in traced(causal, *[(2, 3, 5, 64)] * 3, (2, 5), dtype=torch.float16)
     assert kernel in traced(qkv, (2, 20, 384), (64,), (17, 32))
     assert kernel in traced(torch.func.functionalize(qkv), (2, 20, 384), (64,), (17, 32))
-    assert kernel not in traced(causal, *[(2, 3, 5, 48)] * 3)
-    assert kernel not in traced(causal, *[(2, 3, 5, 64)] * 3, dtype=torch.float32)
-    assert kernel not in traced(lambda q, k, v: ops.attention(q, k, v, scale=0.0), *[(2, 3, 5, 64)] * 3)
+    late = [(2, 3, 5, 64), (2, 3, 9, 64)]  # queries at the end of more keys
+    assert kernel in traced(lambda q, k: ops.attention(q, k, k, causal=True), *late)
+    assert kernel not in traced(lambda q, k: ops.attention(q, k, k, causal=True, scale=0.0), *late)
+    assert kernel not in traced(lambda q, k: ops.attention(q, k, k, causal=True), *late, dtype=torch.float32)
+    odd = [(2, 3, 5, 48), (2, 3, 9, 48)]
+    assert kernel not in traced(lambda q, k: ops.attention(q, k, k, causal=True), *odd)
+    # nothing to fuse
+    assert kernel not in traced(lambda q, k, v: ops.attention(q, k, v, causal=True), *[(2, 3, 5, 64)] * 3)
+    assert kernel not in traced(lambda x: ops.attention_qkv(x, heads=2), (2, 20, 384))
 
 
 def test_no_kernel_where_a_gradient_is_wanted(with_cuda_kernels):

@@ -157,7 +157,8 @@ def test_coupling_too_strong_to_iterate_still_decodes_right(options, guidance, i
     assert max(info.passes) <= windows * (drafts * MAX_DRAFTS + MAX_PASSES) + 63, "bounded"
     assert torch.equal(x[failed], want[failed])
     assert torch.equal(info.residual[failed], exact.residual[failed])
-    assert (info.residual <= 1e-4).all()
+    largest = want.flatten(1).abs().amax(1).clamp_min(1)  # 39 in one of the samples
+    assert (info.residual <= 1e-5 * largest).all()
     assert (x - want).abs().max() <= 1e-3
 
 
