@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_latents
 import torch
+from peak_memory import peak_bytes
 from tiny_latents import COUNT, configured, encode, make_place, read_moments, source
 from tiny_training import changed, inverse_config, random_flow
 
@@ -358,18 +359,6 @@ def test_sampling_wants_the_autoencoder_of_the_latents(place, flow, tmp_path, ca
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def peak(work):
-    """Most bytes that torch's CPU allocator had given out at once beyond those at the start, by torch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
-
-
 @pytest.mark.slow
 def test_memory_of_decoding_is_bounded_by_the_configuration(place):
     """The same for 4 and 24 latents, more with a larger batch, and less with tiles for a large latent."""
@@ -378,7 +367,7 @@ def test_memory_of_decoding_is_bounded_by_the_configuration(place):
 
     def decoding(count, side, batch, tile):
         z = torch.randn(count, 4, side, side, generator=generator)
-        return peak(lambda: [None for _ in vae.decode(model, z, batch_size=batch, tile=tile)])
+        return peak_bytes(lambda: [None for _ in vae.decode(model, z, batch_size=batch, tile=tile)])
 
     few, many = decoding(4, 16, 2, 64), decoding(24, 16, 2, 64)
     assert few > 2 * 3 * 32 * 32 * 4

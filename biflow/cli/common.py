@@ -1,6 +1,7 @@
 """What the commands share: help texts, interrupts, and reading checkpoints and run folders."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -156,6 +157,19 @@ def check_picture(path: Path, channels: int, more: str = "") -> None:
     """ValueError: a .png of what has another number of channels than 1 or 3. more: what else to give."""
     if path.suffix == ".png" and channels not in (1, 3):
         raise ValueError(f"--out: expected {more}a file ending in .npz for latents of {channels} channels, got {path}")
+
+
+def give_report(report: dict, path: Path | None) -> None:
+    """Write a report as JSON to `path` and print where it is; None: print the report. ValueError: NaN or infinite."""
+    from biflow.files import replacing
+
+    text = json.dumps(report, indent=2, allow_nan=False)
+    if path is None:
+        typer.echo(text)
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n")
+    typer.echo(str(path))
 
 
 def write_npz(images: "Tensor", y: "Tensor | None", path: Path) -> None:

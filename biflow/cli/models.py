@@ -1,6 +1,5 @@
 """What one does with a checkpoint: sample, calibrate, evaluate, info."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,7 @@ from biflow.cli.common import (
     check_picture,
     data_config,
     examples,
+    give_report,
     load_model,
     model_file,
     picture_file,
@@ -233,7 +233,6 @@ def evaluate(
     """
     from biflow import data as datasets
     from biflow import evaluate as metrics
-    from biflow.files import replacing
     from biflow.models import BiFlow
 
     path = None if out is None else Path(out).expanduser()
@@ -265,13 +264,7 @@ def evaluate(
     if timings:
         strength = min(1.0, model.config.max_guidance or 1.0)
         report["timings"] = metrics.time_decoders(model, forward, guidance=strength)
-    text = json.dumps(report, indent=2, allow_nan=False)
-    if path is None:
-        typer.echo(text)
-        return
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n")
-    typer.echo(str(path))
+    give_report(report, path)
 
 
 def info(

@@ -1,12 +1,11 @@
 """Sets of images beside a reference: score."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from biflow.cli.common import Device, examples
+from biflow.cli.common import Device, examples, give_report
 
 
 def score(
@@ -50,7 +49,6 @@ def score(
     from biflow import evaluate
     from biflow.config import apply_overrides, from_mapping
     from biflow.data import DataConfig, is_encoded
-    from biflow.files import replacing
     from biflow.ops._checks import local_device
 
     if inception == dinov2 == "none":
@@ -92,13 +90,7 @@ def score(
     report |= evaluate.score(found, other, where)
     if kept is not None:
         found.save(kept)
-    text = json.dumps(report, indent=2, allow_nan=False)
-    if path is None:
-        typer.echo(text)
-        return
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n")
-    typer.echo(str(path))
+    give_report(report, path)
 
 
 COMMANDS = (

@@ -67,8 +67,11 @@ def describe(autoencoder: "AutoencoderKL", name: str) -> dict[str, Any]:
     }
 
 
-def check_same(autoencoder: "AutoencoderKL", made_by: Mapping[str, Any], name: str) -> None:
-    """ValueError unless it has the encoder that latents were `made_by` (`describe`); another decoder is told of."""
+def check_same(autoencoder: "AutoencoderKL", made_by: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`describe` of it; another decoder than latents were `made_by` (`describe`) is told of.
+
+    ValueError: another encoder.
+    """
     found = describe(autoencoder, name)
     if found["encoder_sha256"] != made_by["encoder_sha256"]:
         raise ValueError(
@@ -77,6 +80,7 @@ def check_same(autoencoder: "AutoencoderKL", made_by: Mapping[str, Any], name: s
         )
     if found["sha256"] != made_by["sha256"]:
         tqdm.write(f"biflow: {name}: the encoder of {made_by['name']} with another decoder", file=sys.stderr)
+    return found
 
 
 def downsampling(config: Mapping[str, Any]) -> int:

@@ -68,7 +68,7 @@ class Pixels(nn.Module):
         if data.latents is None:
             raise ValueError("decoder: expected data made by `biflow latents encode`, got others, of unknown scale")
         self.autoencoder = latents.load(source)
-        latents.check_same(self.autoencoder, data.latents["autoencoder"], source)
+        self.sha256 = latents.check_same(self.autoencoder, data.latents["autoencoder"], source)["sha256"]
         self.autoencoder.enable_gradient_checkpointing()
         self.factor = latents.downsampling(self.autoencoder.config)
         for name in ("shift", "scale"):
@@ -121,8 +121,7 @@ class Perceptual:
         self.ready = True
         found = {backbone.config.label: checkpoint.fingerprint(backbone) for backbone in self.backbones}
         if self.pixels is not None:
-            self.pixels.to(self.device)
-            found["the decoder"] = latents.describe(self.pixels.autoencoder, self.config.decoder)["sha256"]
+            found["the decoder"] = self.pixels.to(self.device).sha256
         return found
 
     def loss(
