@@ -4,6 +4,7 @@ A process that was started alone is all of them: nothing is imported, connected 
 """
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -118,6 +119,7 @@ def join(device: str | torch.device = "cpu") -> Processes:
     if not (dist.is_initialized() or dist.is_torchelastic_launched()):
         return Processes(0, 1, where)
     if not dist.is_initialized():
+        _import_before_connecting()
         dist.init_process_group("gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=WAIT)
     if dist.get_world_size() == 1:
         return Processes(0, 1, where)
@@ -135,8 +137,12 @@ def join(device: str | torch.device = "cpu") -> Processes:
 
 
 def leave() -> None:
-    """The end of the common work."""
+    """The end of the common work, and of the group's threads: one that still lets go of a Python object while the
+    interpreter ends would abort the process. After FSDP2, whose caches keep the group, they have at least let go.
+    """
     if dist.is_initialized():
+        gc.collect()  # a DistributedDataParallel is a cycle that holds the group
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -145,6 +151,13 @@ def joined(device: str | torch.device = "cpu") -> Iterator[Processes]:
     """`join`, and leave at the end. After an error not: the others may be beyond answering."""
     yield join(device)
     leave()
+
+
+def _import_before_connecting() -> None:
+    """The modules whose functions take the group of their import as a default argument, and keep it for ever."""
+    import torch.distributed.fsdp.sharded_grad_scaler
+    import torch.distributed.nn.functional
+    import torch.distributed.optim  # noqa: F401
 
 
 def _bytes(rows: Tensor) -> tuple[Tensor, ...]:

@@ -140,6 +140,13 @@ def thirds(folder):
     train.train_flow(config, folder / "thirds_again", resume=True, progress=False)
 
 
+def left(folder):
+    """The last job: what of the group is left then."""
+    distributed.leave()
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    (folder / f"left_{os.environ['RANK']}").write_text("\n".join(names))
+
+
 def grids(folder):
     """Activations computed again, and pictures on the way."""
     for strategy in ("ddp", "fsdp"):
