@@ -10,6 +10,7 @@ import yaml
 from biflow import ablation, cli
 from biflow.ablation import runner
 from biflow.config import to_mapping
+from biflow.train import environment
 
 EVALUATION = dict(samples=60, guidances=[0.0, 1.0], judge_steps=20, batch_size=60, noise_draws=1)
 
@@ -63,6 +64,9 @@ def test_what_is_finished_is_kept(study, monkeypatch):
     (study / "images.npz").rename(moved)  # where the data lies does not matter
     got = ablation.run_ablation(rows(study), out, seeds=(0,), settings=[f"data.source={moved}"], progress=False)
     assert got == want
+    code = environment.own_git() or {}
+    assert want["exact"][0]["environment"].get("commit") == code.get("commit")
+    assert want["exact"][0]["environment"]["finished"].endswith("+00:00")
     with pytest.raises(ValueError, match=r"learned-0.json: .*inverse.optim.lr|exact-0.json: .*flow.optim.lr = 0.003"):
         ablation.run_ablation(rows(study), out, seeds=(0,), settings=["optim.lr=0.1"], progress=False)
 

@@ -22,6 +22,7 @@ from biflow.files import replacing
 from biflow.models import BiFlow, TarFlow
 from biflow.report import environment
 from biflow.train import FlowTraining, InverseTraining, RunConfig, train_flow, train_inverse
+from biflow.train.environment import now, own_git
 from biflow.train.runs import check_same, train_seconds
 
 PLACE = ("source", "index", "workers")  # fields of the data that may differ from one machine to the next
@@ -162,10 +163,17 @@ def _result(
         result |= _train_and_evaluate(row, flow_config, inverse_config, out, real_data, progress)
     except FloatingPointError as error:
         result["failed"] = str(error).partition(";")[0]
-    result |= {"configuration": configuration, "environment": {"biflow": biflow.__version__, **environment()}}
+    result |= {"configuration": configuration, "environment": _environment()}
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
+
+
+def _environment() -> dict:
+    """Of the process that finishes a result. commit: of biflow, where it runs from a checkout."""
+    checkout = own_git()
+    code = {} if checkout is None else {"commit": checkout["commit"], "dirty": checkout["dirty"]}
+    return {"biflow": biflow.__version__, **code, **environment(), "finished": now()}
 
 
 def _train_and_evaluate(

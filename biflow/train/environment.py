@@ -61,10 +61,8 @@ def sitting(device: torch.device) -> dict[str, Any]:
         build = None
     else:
         build = {name: value for name, value in _C.build_info().items() if name != "version"}
-    package = Path(biflow.__file__).parent
-    checkout = _ask(package, "ls-files", "--error-unmatch", "__init__.py") is not None  # not a venv in another's
     return {
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": now(),
         "command": sys.argv,
         "folder": str(Path.cwd()),
         "host": platform.node(),
@@ -75,8 +73,19 @@ def sitting(device: torch.device) -> dict[str, Any]:
         "build": build,
         **environment(),
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
-        "git": {"folder": git(Path.cwd()), "biflow": git(package) if checkout else None},
+        "git": {"folder": git(Path.cwd()), "biflow": own_git()},
     }
+
+
+def now() -> str:
+    """Date and time, UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def own_git() -> dict[str, Any] | None:
+    """`git` of biflow itself; None where it does not run from a checkout, such as in a venv inside another's."""
+    package = Path(biflow.__file__).parent
+    return git(package) if _ask(package, "ls-files", "--error-unmatch", "__init__.py") is not None else None
 
 
 def git(folder: Path) -> dict[str, Any] | None:
