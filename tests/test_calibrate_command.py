@@ -52,6 +52,16 @@ def test_the_command_writes_into_the_file(model, capsys):
     assert len(biflow.load(model).policy.entries) == 8, "calibrated again, with the guided ones kept"
 
 
+def test_the_temperature_of_the_unconditional_pass_is_measured_with(tmp_path, capsys):
+    model = tmp_path / "plain.safetensors"  # without classes guidance acts through it alone
+    biflow.save(make_flow(), model)
+    line = ["calibrate", str(model), "--batches", "1", "--precision", "fp32", "--repetitions", "1", "--quiet"]
+    assert cli.main([*line, "--guidance", "1", "--attn-temp", "1.5"]) == 0
+    assert {e.guidance for e in biflow.load(model).policy.entries} == {1.0}
+    assert cli.main([*line, "--guidance", "1"]) == 2
+    assert "attn_temp other than 1" in capsys.readouterr().err
+
+
 def test_the_command_writes_elsewhere(model, tmp_path):
     before = model.read_bytes()
     out = tmp_path / "other.safetensors"

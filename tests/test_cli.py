@@ -83,6 +83,9 @@ def test_sample_options_reach_an_exact_flow(runs, tmp_path):
         ["--seed", "1"],
         ["--class", "none"],
         ["--precision", "bf16"],
+        ["--guide", "a"],
+        ["--no-anneal"],
+        ["--attn-temp", "2"],
     ):
         assert np.abs(draw(options[0], *options) - plain).max() > 0
     np.testing.assert_array_equal(draw("again", "--class", "all"), plain)
@@ -90,7 +93,7 @@ def test_sample_options_reach_an_exact_flow(runs, tmp_path):
 
 
 def test_sample_certifies_what_an_exact_flow_did(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.models, "BATCH", 3)
+    monkeypatch.setattr(cli.sampling, "BATCH", 3)
 
     def draw(*options):
         out = tmp_path / "s.npz"
@@ -122,13 +125,13 @@ def test_the_certificate_of_several_batches():
         info([1e-7, 2e-5], ("jacobi", "windowed"), (None, 8), (9, 30), ((), (0, 1))),
         info([3e-6], ("jacobi", "sequential"), (None, None), (11, 15), ((0,), ())),
     ]
-    assert cli.models._certificate(infos) == [
+    assert cli.sampling._certificate(infos) == [
         "largest residual: 2e-05",
         "block 0: jacobi, 11 passes, 1 fallbacks",
         "block 1: windowed 8 or sequential, 30 passes, 2 fallbacks",
     ]
     infos[0].residual[0] = torch.nan
-    assert cli.models._certificate(infos)[0] == "largest residual: nan"
+    assert cli.sampling._certificate(infos)[0] == "largest residual: nan"
 
 
 @pytest.mark.gpu
@@ -210,7 +213,7 @@ def test_samples_are_drawn_in_batches_and_bad_ones_are_counted(runs, tmp_path, m
         sizes.append(n)
         return images
 
-    monkeypatch.setattr(cli.models, "BATCH", 4)
+    monkeypatch.setattr(cli.sampling, "BATCH", 4)
     monkeypatch.setattr(biflow.TarFlow, "sample", spy)
     parts = draw("parts")
     assert sizes == [4, 4, 2]
@@ -339,6 +342,11 @@ BAD = {
     "window of an inverse": ("sample {runs}/inverse --window 4", "--window: expected with an exact flow"),
     "tol of an inverse": ("sample {runs}/inverse --tol 1e-3", "--tol: expected with an exact flow"),
     "certificate of an inverse": ("sample {runs}/inverse --certify", "--certify: expected with an exact flow"),
+    "anneal of an inverse": ("sample {runs}/inverse --no-anneal", "--no-anneal: expected with an exact flow"),
+    "temperature without guidance": (
+        "sample {runs}/flow --guidance 0 --attn-temp 2", "--attn-temp: expected with --guidance above 0, got 0",
+    ),
+    "guide of nothing": ("sample {runs}/flow --guide c", "guide: expected 'a', 'b' or 'ab', got 'c'"),
     "window of another solver": (
         "sample {runs}/flow --window 4", "window: expected None with solver='auto', which chooses the windows; got 4",
     ),

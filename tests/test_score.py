@@ -384,7 +384,7 @@ def test_sample_writes_what_score_reads(networks, tmp_path, capsys, monkeypatch)
 
     from biflow import checkpoint
 
-    monkeypatch.setattr(cli.models, "BATCH", 4)
+    monkeypatch.setattr(cli.sampling, "BATCH", 4)
     checkpoint.save(make_flow(num_classes=3), tmp_path / "flow.safetensors")
     line = ["sample", str(tmp_path / "flow.safetensors"), "--n", "10", "--seed", "3", "--out"]
     assert cli.main([*line, str(tmp_path / "adm.npz"), "--format", "adm"]) == 0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from biflow.cli import classification, compare, data, editing, jobs, latents, models, score, tools
+from biflow.cli import classification, compare, data, editing, jobs, latents, models, sampling, score, tools
 from biflow.cli.common import HELP_OPTIONS, Interrupted, guarded, version
 
 # what biflow raises for input that it cannot take; any other exception is a failure at run time
@@ -41,6 +41,7 @@ def options(
 for name, function, epilog in (
     *jobs.COMMANDS,
     *compare.COMMANDS,
+    *sampling.COMMANDS,
     *models.COMMANDS,
     *score.COMMANDS,
     *classification.COMMANDS,
