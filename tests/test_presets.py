@@ -11,6 +11,7 @@ import pytest
 import tiny_latents
 import torch
 import yaml
+from tiny_training import same_weights
 
 import biflow
 from biflow import cli, presets, train
@@ -159,8 +160,14 @@ def test_epochs_of_imagenet_are_what_they_are_said_to_be(name):
         assert (said[1], epochs, said[4]) == (str(optim.batch_size), *claim)
 
 
-def test_imagenet_is_read_ahead():
+def test_imagenet_is_read_ahead_which_changes_no_bit(sources, tmp_path):
     assert {presets.training(name).data.workers for name in IMAGENET} == {2}
+    given = (*SMALL, DEPTH["flow"], f"data.source={sources['imagenet256']}", "data.flip=true", "optim.steps=5")
+    ahead, inline = (
+        train.train_flow(presets.training("imagenet256_b2_flow", (*given, *more)), tmp_path / name, progress=False)
+        for name, more in (("ahead", ()), ("inline", ("data.workers=0",)))
+    )
+    assert same_weights(ahead, inline)
 
 
 @pytest.mark.parametrize("name", [name for name in INVERSES if name in IMAGENET])
