@@ -20,7 +20,7 @@ from biflow import cli, data, latents, train
 from biflow.data import DataConfig
 from biflow.data import latents as stored
 from biflow.latents import autoencoder as vae
-from biflow.latents.encoding import Moments
+from biflow.latents.encoding import ChannelMoments
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'biflow[latents]'")
 
@@ -83,7 +83,7 @@ def test_statistics_of_a_large_mean_are_sound():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(6, 1, 1, 3, 4, 4, generator=generator, dtype=torch.float64)
     z = torch.cat([1e9 + noise, torch.full_like(noise, 0.5)], 2)
-    found = sum((Moments.of(part) for part in z[1:].split(2)), Moments.of(z[:1]))
+    found = sum((ChannelMoments.of(part) for part in z[1:].split(2)), ChannelMoments.of(z[:1]))
     want = noise.transpose(0, 3).flatten(1).var(1, correction=0) + 0.25
     assert torch.allclose(torch.from_numpy(found.squares / found.count), want, rtol=1e-6)
 

@@ -34,7 +34,7 @@ NEWER_OF = {
     ),
     "run": (
         "wandb", "peak_flops", "compile", "activation_checkpointing", "sample_every", "sample_images",
-        "sample_guidance",
+        "sample_guidance", "sample_vae",
     ),
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ class NpzImages:
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(self.path) as archive:
                 self.keys = tuple(name.removesuffix(".npy") for name in archive.namelist())
                 self.key = next((key for key in KEYS if key in self.keys), None)
                 if self.key is None:

@@ -60,25 +60,25 @@ class EncodingConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
-class Moments:
+class ChannelMoments:
     """Count, mean and sum of squared deviations of each channel, added to batch by batch in fp64 (Chan et al. 1979)."""
 
     def __init__(self, count: int, mean: Any, squares: Any):
         self.count, self.mean, self.squares = count, np.asarray(mean, np.float64), np.asarray(squares, np.float64)
 
     @classmethod
-    def of(cls, moments: Tensor) -> "Moments":
+    def of(cls, moments: Tensor) -> "ChannelMoments":
         """Of latents drawn from posteriors (...,2,c,h,w): squares = sum of (mean - average)^2 + std^2."""
         values = moments.double().reshape(-1, *moments.shape[-4:]).transpose(0, 2).flatten(2)  # (c, 2, positions)
         average = values[:, 0].mean(1)
         squares = ((values[:, 0] - average[:, None]).square() + values[:, 1].square()).sum(1)
         return cls(values.shape[2], average.numpy(), squares.numpy())
 
-    def __add__(self, other: "Moments") -> "Moments":
+    def __add__(self, other: "ChannelMoments") -> "ChannelMoments":
         total = self.count + other.count
         step = other.mean - self.mean
         squares = self.squares + other.squares + step**2 * (self.count * other.count / total)
-        return Moments(total, self.mean + step * (other.count / total), squares)
+        return ChannelMoments(total, self.mean + step * (other.count / total), squares)
 
     def to_mapping(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
@@ -218,7 +218,7 @@ def _encode_split(
                 if not kept.isfinite().all():
                     _refuse(exact, images, part, config)
                 stored.append(kept)
-                statistics.append(Moments.of(kept))
+                statistics.append(ChannelMoments.of(kept))
                 change += float((kept[:, :, 0].double() - exact[:, :, 0]).square().sum())
                 spread += float(exact[:, :, 1].double().square().sum())
                 step += 1
@@ -265,7 +265,7 @@ def _names(images: Any, rows: Tensor) -> dict[str, Any]:
 def _finish(out: Path, index: dict[str, Any], shards: list[tuple[str, str, Tensor]]) -> dict[str, Any]:
     """The whole index, from what all shards say of themselves."""
     found = [read_shard(out / file)[0] for file, *_ in shards]
-    statistics = [Moments(**about["statistics"]) for about in found]
+    statistics = [ChannelMoments(**about["statistics"]) for about in found]
     whole = sum(statistics[1:], statistics[0])
     numbers = whole.count * len(whole.mean)
     index |= {

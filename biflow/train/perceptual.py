@@ -61,12 +61,19 @@ class Pixels(nn.Module):
     """Latents x as the data yields them -> images, by the frozen autoencoder that made the latents z = x scale + shift.
 
     Differentiable; the decoder's activations are computed again in the backward pass, since they are large.
+
+    Args:
+        source: of the autoencoder. field: of the configuration, by which it was named.
+
+    Raises:
+        ValueError: the data are not latents of `biflow latents encode`, or another encoder made them; and as
+        `latents.load`.
     """
 
-    def __init__(self, source: str, data: ImageData):
+    def __init__(self, source: str, data: ImageData, field: str = "decoder"):
         super().__init__()
         if data.latents is None:
-            raise ValueError("decoder: expected data made by `biflow latents encode`, got others, of unknown scale")
+            raise ValueError(f"{field}: expected data made by `biflow latents encode`, got others, of unknown scale")
         self.autoencoder = latents.load(source)
         self.sha256 = latents.check_same(self.autoencoder, data.latents["autoencoder"], source)["sha256"]
         self.autoencoder.enable_gradient_checkpointing()

@@ -111,6 +111,7 @@ class Trainer:
         main = self.processes.main
         check_writers(self.config.run)
         with self.processes.main_first():
+            pixels = grids.pixels_of(self.config.run, self.data) if main else None
             if main:
                 runs.prepare(self.out, self.mapping, resume)
             self.objective.prepare(self.out, progress and main)
@@ -150,7 +151,7 @@ class Trainer:
                 if self.config.run.sample_every is not None and self._due(self.config.run.sample_every):
                     average = self.parallel.whole_model(self.average.model, keep=main)
                     if main:
-                        log.image(grids.draw(average, self.config.run, self.out, self.step), self.step)
+                        log.image(grids.draw(average, self.config.run, self.out, self.step, pixels), self.step)
         if self.data.corrupt and main:
             text = f"{len(self.data.corrupt)} corrupt images were met and replaced: {self.out / 'corrupt.txt'}"
             tqdm.write(f"biflow: {text}", file=sys.stderr)
