@@ -379,14 +379,13 @@ def test_what_cannot_be_scored(networks, tmp_path, capsys, line, message):
     assert message in capsys.readouterr().err
 
 
-def test_sample_writes_what_score_reads(networks, tmp_path, capsys, monkeypatch):
+def test_sample_writes_what_score_reads(networks, tmp_path, capsys):
     from tiny import make_flow
 
     from biflow import checkpoint
 
-    monkeypatch.setattr(cli.sampling, "BATCH", 4)
     checkpoint.save(make_flow(num_classes=3), tmp_path / "flow.safetensors")
-    line = ["sample", str(tmp_path / "flow.safetensors"), "--n", "10", "--seed", "3", "--out"]
+    line = ["sample", str(tmp_path / "flow.safetensors"), "--n", "10", "--batch", "4", "--seed", "3", "--out"]
     assert cli.main([*line, str(tmp_path / "adm.npz"), "--format", "adm"]) == 0
     assert cli.main([*line, str(tmp_path / "float.npz")]) == 0
     adm, plain = np.load(tmp_path / "adm.npz"), np.load(tmp_path / "float.npz")
