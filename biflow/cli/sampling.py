@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from biflow.models import BiFlow, TarFlow
     from biflow.solvers import DecodeInfo
 
-DRAWN = 16  # torch draws normal numbers by so many: what a multiple of it is divided into changes none
+DRAWN = 16  # torch draws normal numbers by so many: parts of a multiple of it hold those of the whole
 
 
 def sample(
@@ -72,7 +72,7 @@ def sample(
     ] = False,
     precision: Annotated[str, typer.Option("--precision", help="Of the decode: fp32 or bf16.")] = "fp32",
     batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Images a process draws at once; changes them but by rounding.")
+        int, typer.Option("--batch", min=1, help="Images a process draws at once; changes them by rounding alone.")
     ] = 256,
     arrays: Annotated[
         str, typer.Option("--format", metavar="float|adm", help="Of a .npz; adm: for evaluators, as ADM writes it.")
