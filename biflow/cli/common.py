@@ -102,10 +102,11 @@ def load_model(checkpoint: str, kind: str | None = None, device: str = "cpu") ->
     return model
 
 
-def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConfig":
+def data_config(source: str | None, checkpoint: str, img_size: int, *, quiet: bool = False) -> "DataConfig":
     """The data that the user named, or else the data of the run that the checkpoint lies in.
 
-    Of a source that the run was trained on, the run's own split, so that nothing it has seen counts as held out.
+    Of a source that the run was trained on, the run's own split, so that nothing it has seen counts as held out;
+    of another one stderr says, unless `quiet`, that this is not known.
     """
     from biflow.data import DataConfig, is_encoded, kind_of
 
@@ -118,11 +119,12 @@ def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConf
         return own
     if own is not None and _same_source(own.source, source):
         return own
-    typer.echo(
-        f"biflow: {checkpoint}: no run folder says that it was trained on {source}; images are held out by the default "
-        "split, and may include some that it was trained on",
-        err=True,
-    )
+    if not quiet:
+        typer.echo(
+            f"biflow: {checkpoint}: no run folder says that it was trained on {source}; images are held out by the "
+            "default split, and may include some that it was trained on",
+            err=True,
+        )
     more = {"img_size": img_size} if is_encoded(source) else {}
     if own is not None and kind_of(source) == "latents":
         more = {"normalize_latents": own.normalize_latents, "posterior": own.posterior}

@@ -127,8 +127,7 @@ def evaluate(
         if timings and not learned:
             raise ValueError("--timings: expected with a learned inverse, whose speed is compared with its flow's")
         forward = load_model(flow, "TarFlow", device=device) if learned else model
-        own = data_config(data, checkpoint, model.config.img_size) if processes.main else None
-        own = processes.same(own)
+        own = data_config(data, checkpoint, model.config.img_size, quiet=not processes.main)
         with processes.main_first():
             loaded = datasets.load(own)
         metrics.check_data(model, loaded)
