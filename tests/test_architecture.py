@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "models": {"models", "ops", "solvers", "config"},
     "data": {"data", "config", "files"},
     "files": {"files"},
-    "latents": {"latents", "data", "config", "files"},
+    "latents": {"latents", "data", "config", "files", "distributed"},
     "calibration": {"models", "solvers", "config"},
     "editing": {"editing", "models", "evaluate", "config"},
 }

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from biflow import distributed
 from biflow.config import check_fields
 from biflow.data import DataConfig, EncodedImages, ImageData, Stream, is_encoded
 from biflow.data import load as load_data
@@ -90,7 +91,8 @@ def encode_images(
     """Encode all images of a data set into `out`, a folder that data.source reads; docs/latents.md has the format.
 
     Started again after it was stopped or killed, it goes on with the shards that are missing; the end is the same.
-    A corrupt image's latent is that of the image that stands in for it, see `Decoder.decode`.
+    A corrupt image's latent is that of the image that stands in for it, see `Decoder.decode`. Processes that call it
+    together (torchrun) share the missing shards; the folder is the same for any number of them.
 
     Args:
         data: where the images are; img_size is the side that they are resized and cropped to (centre crops). A test
@@ -99,9 +101,9 @@ def encode_images(
         out: a new or empty folder, or one that this began.
 
     Returns:
-        report, numbers and texts: images, held_out, corrupt, corrupt_examples, classes (how many), shape (c,h,w),
-        dtype, bytes, normalization, posterior_std and rounding (root mean squares: of the posteriors' standard
-        deviations, and of what storing in dtype changed in their means).
+        report of the whole folder, numbers and texts: images, held_out, corrupt, corrupt_examples, classes (how many),
+        shape (c,h,w), dtype, bytes, normalization, posterior_std and rounding (root mean squares: of the posteriors'
+        standard deviations, and of what storing in dtype changed in their means).
 
     Raises:
         As `data.load` and `autoencoder.load`. ValueError: images that the autoencoder does not take; another data set,
@@ -112,30 +114,48 @@ def encode_images(
     for name in FIXED:
         if getattr(data, name) != getattr(DataConfig(), name):
             raise ValueError(f"data.{name}: not for encoding (it is for training on the latents, or the autoencoder's)")
-    model = vae.load(source, config.device)
+    processes = distributed.join(config.device)
+    with processes.main_first():  # a download, an index of shards
+        model = vae.load(source, processes.device)
     channels, factor = model.config.in_channels, vae.downsampling(model.config)
     encoded = is_encoded(data.source)
-    loaded = load_data(replace(data, val_fraction=0.0, channels=channels if encoded else None))
+    with processes.main_first():
+        loaded = load_data(replace(data, val_fraction=0.0, channels=channels if encoded else None))
     if loaded.channels != channels or loaded.img_size % factor:
         raise ValueError(
             f"{data.source}: expected images of {channels} channels and a side that {factor} divides, as the "
             f"autoencoder takes, got {loaded.channels} channels and side {loaded.img_size}"
         )
-    index = _begin(out, loaded, data, vae.describe(model, source), config)
+    autoencoder = vae.describe(model, source)
+    with processes.main_first():
+        if processes.main:
+            _clear(out)
+        index = _begin(out, loaded, data, autoencoder, config)
     shards = list(_shards(loaded, config.shard_images))
-    missing = [shard for shard in shards if not (out / shard[0]).exists()]
-    total = sum(len(rows) for *_, rows in shards)
-    done = total - sum(len(rows) for *_, rows in missing)
-    with tqdm(total=total, initial=done, desc="encode", unit="image", disable=not progress) as bar:
+    # looked for by one process, before any of them makes one
+    missing = processes.same([file for file, *_ in shards if not (out / file).exists()])
+    mine = missing[processes.rank :: processes.count]
+    done = sum(len(rows) for file, _, rows in shards if file not in missing)
+    total = done + sum(len(rows) for file, _, rows in shards if file in mine)
+    off = not (progress and processes.main)
+    with tqdm(total=total, initial=done, desc="encode", unit="image", disable=off) as bar:
         try:
             for split in ("train", "val"):
-                own = [(name, rows) for name, found, rows in missing if found == split]
+                own = [(file, rows) for file, found, rows in shards if found == split and file in mine]
                 _encode_split(model, loaded, split, own, out, config, bar)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"stopped at {bar.n:,} of {total:,} images; the same command goes on with those that no shard has"
             ) from None
-    return _report(_finish(out, index, shards), out)
+    processes.wait()
+    return processes.same(_report(_finish(out, index, shards), out) if processes.main else None)
+
+
+def _clear(out: Path) -> None:
+    """Make the folder, without what a killed process left. No other process of the job writes there yet."""
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob(f"{TEMPORARY}*"):
+        leftover.unlink()
 
 
 def _begin(
@@ -157,9 +177,6 @@ def _begin(
         "images_sha256": data.fingerprint or _digest(data),
         "class_names": list(data.class_names),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob(f"{TEMPORARY}*"):
-        leftover.unlink()
     if not any(out.iterdir()):
         write_index(out, index)
     elif not (out / INDEX).is_file():
