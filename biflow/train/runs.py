@@ -18,6 +18,7 @@ from biflow.distributed import Processes
 from biflow.files import TEMPORARY, replacing, sync
 from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # by which a run stops after a step
 # these do not change what a step sees, nor its bits
 FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep", "tensorboard")}
 FREE_FIELDS |= {f"run.{name}" for name in ("wandb", "peak_flops", "activation_checkpointing")}
@@ -138,7 +139,7 @@ def delayed_signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, previous[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         previous[number] = signal.signal(number, note) or signal.SIG_DFL
     try:
         yield received

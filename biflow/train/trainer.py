@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +45,10 @@ class Objective(Protocol):
     flops: int
 
     def prepare(self, out: Path, progress: bool) -> None:
-        """Before the first step of a sitting, with the run's folder there: make or read what the loss needs."""
+        """Before the first step of a sitting, with the run's folder there: make or read what the loss needs.
+
+        All processes call it together.
+        """
         ...
 
     def loss(
@@ -100,6 +103,8 @@ class Trainer:
         peak = None if peak is None else peak * self.processes.count
         self.speed = Speed(config.optim.batch_size, config.optim.batch_size * objective.flops, peak)
         self.step = 0
+        self.signals: list[int] = []  # that came to this process
+        self.stop = 0  # the one by which all stop
         self.seconds = 0.0
         self.window: dict[str, float] = {}  # sums of what is logged as means, over the steps since the last log
 
@@ -113,7 +118,7 @@ class Trainer:
         with self.processes.main_first():
             if main:
                 runs.prepare(self.out, self.mapping, resume)
-            self.objective.prepare(self.out, progress and main)
+        self.objective.prepare(self.out, progress and main)
         self._restore_newest()
         if main:
             runs.cut_metrics(self.out, self.step)
@@ -126,31 +131,31 @@ class Trainer:
             total=steps, initial=self.step, desc=self.objective.stage, unit="step", disable=not (progress and main)
         )
         with (
-            runs.delayed_signals() as signals,
+            runs.delayed_signals() as self.signals,
             Metrics(self.out, self.step, self.config.run, self.mapping) if main else contextlib.nullcontext() as log,
             contextlib.closing(self.stream),
             bar,
         ):
-            stop = self._agreed(signals)
-            while self.step < steps and not stop:
+            self._means({})  # a signal may have come already
+            while self.step < steps and not self.stop:
                 with self.speed.step():
                     self._train_step()
                 self.seconds = time.perf_counter() - started
-                stop = self._agreed(signals)
                 for line in self._reports():
                     if main:
                         log.write(line)
                     shown |= in_progress_bar(line)
                     bar.set_postfix(shown, refresh=False)
                 bar.update()
-                if self._due(self.config.run.checkpoint_every) or stop:
+                if self._due(self.config.run.checkpoint_every) or self.stop:
                     if main:
                         log.sync()
                     self.save()
                 if self.config.run.sample_every is not None and self._due(self.config.run.sample_every):
                     average = self.parallel.whole_model(self.average.model, keep=main)
-                    if main:
-                        log.image(grids.draw(average, self.config.run, self.out, self.step), self.step)
+                    with self.processes.main_first():  # the others wait, however long a flow takes to decode
+                        if main:
+                            log.image(grids.draw(average, self.config.run, self.out, self.step), self.step)
         if self.data.corrupt and main:
             text = f"{len(self.data.corrupt)} corrupt images were met and replaced: {self.out / 'corrupt.txt'}"
             tqdm.write(f"biflow: {text}", file=sys.stderr)
@@ -158,18 +163,22 @@ class Trainer:
         if self.step == steps and main:
             self._save_result(model, self.out / "model.safetensors")
         self.processes.wait()
-        if stop:
+        if self.stop:
             text = f"stopped by a signal at step {self.step} of {steps}, after writing a checkpoint to resume from"
-            if stop == signal.SIGINT:
+            if self.stop == signal.SIGINT:
                 raise KeyboardInterrupt(text)
             if main:
                 tqdm.write(f"biflow: {text}", file=sys.stderr)  # the exit code takes the place of SystemExit's text
-            raise SystemExit(128 + stop)
+            raise SystemExit(128 + self.stop)
         return model.to(self.device)
 
-    def _agreed(self, signals: list[int]) -> int:
-        """The signal by which all processes stop after this step; 0: none has come to any of them."""
-        return self.processes.most(signals[0] if signals else 0)
+    def _means(self, values: dict[str, float]) -> dict[str, float]:
+        """The values' means over processes. With them goes which signals have come: `stop` is the same on all."""
+        means = self.parallel.mean(
+            {**values, **{number: float(self.signals[:1] == [number]) for number in runs.SIGNALS}}
+        )
+        self.stop = max(number if means.pop(number) else 0 for number in runs.SIGNALS)
+        return means
 
     def _save_result(self, model: nn.Module, path: Path) -> None:
         """Write the averaged model, unless it is there: what was added to the file since, a policy say, stays."""
@@ -244,7 +253,7 @@ class Trainer:
         count, limit = len(self.data.val_x), self.config.run.validate_images
         chosen = torch.linspace(0, count - 1, min(count, limit), dtype=torch.float64).round().long()
         generator = BatchGenerator(self.device).manual_seed(VALIDATION_SEED)
-        sums: dict[str, float] = {}
+        total: Tensor | float = 0.0
         parts = chosen.split(self.config.optim.batch_size)
         shares = [self.processes.split(len(part)) for part in parts]
         own = [share or range(1) for share in shares]  # nobody has no rows: sharded weights are gathered by all
@@ -255,11 +264,14 @@ class Trainer:
                 generator.part = (rows.start, len(parts[part])) if self.processes.count > 1 else None
                 with self._autocast():
                     loss, terms = self.averaged_losses(x, y, generator, training=False)
-                for name, value in {"loss": loss, **terms}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * len(share) / len(chosen)
+                terms = {"loss": loss, **terms}
+                total = total + _stacked(terms.values()) * len(share) / len(chosen)
+        sums = dict(zip(terms, total.tolist(), strict=True))
         return {name: value * self.processes.count for name, value in self.parallel.mean(sums).items()}
 
     def _train_step(self) -> None:
+        """A step. Between the loss and the optimizer the host waits for the device, once, and for all processes: what
+        is not finite must not reach the weights. What else it waits for: docs/distributed.md."""
         optim = self.config.optim
         rate = learning_rate(self.step, optim)
         for group in self.optimizer.param_groups:
@@ -267,17 +279,19 @@ class Trainer:
         with self.speed.data():
             batch = self.stream.read(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        values: dict[str, float] = {}
+        total: Tensor | float = 0.0
         for part in self.parallel.micro_batches(self.losses, self.generator):
             loss, terms = self._loss(batch.part(part))
             (loss / self.parallel.accumulate).backward()
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                values[name] = values.get(name, 0.0) + float(value) / self.parallel.accumulate
+            terms = {"loss": loss.detach(), **terms}
+            total = total + _stacked(terms.values()) / self.parallel.accumulate
         self.objective.settle(self.model, self.parallel.mean_tensor)
+        norm = self.parallel.clip([parameter for _, parameter in self._parameters()], optim.grad_clip)
+        *found, norm = torch.cat([total, _stacked([norm])]).tolist()
+        values = dict(zip(terms, found, strict=True))
         if self.data.corrupt is not None:
             values["replaced"] = float(batch.replaced * self.processes.count)  # a sum over processes
-        values = self.parallel.mean(values)
-        values["grad_norm"] = self.parallel.clip([parameter for _, parameter in self._parameters()], optim.grad_clip)
+        values = {**self._means(values), "grad_norm": norm}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
             raise FloatingPointError(
@@ -355,6 +369,11 @@ class Trainer:
                 raise ValueError(f"{self.out}: no checkpoint of the run can be read: {'; '.join(unreadable)}")
         for reason in unreadable if self.processes.main else ():
             tqdm.write(f"biflow: continuing from step {self.step}, an older checkpoint: {reason}", file=sys.stderr)
+
+
+def _stacked(values: Iterable[Tensor]) -> Tensor:
+    """Scalars as one fp64 tensor where they are."""
+    return torch.stack([value.detach().to(torch.float64) for value in values])
 
 
 def fit(
