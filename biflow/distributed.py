@@ -115,15 +115,15 @@ class Processes:
 def join(device: str | torch.device = "cpu") -> Processes:
     """The processes of this job; the first call connects them: gloo between CPUs, NCCL between GPUs.
 
-    There are several under torchrun, and where WORLD_SIZE in the environment is above 1 (torch's env://: beside it RANK,
-    MASTER_ADDR, MASTER_PORT, and with GPUs LOCAL_RANK).
+    There are several under torchrun, and where WORLD_SIZE in the environment is above 1 (torch's env://: beside it
+    RANK, MASTER_ADDR, MASTER_PORT, and with GPUs LOCAL_RANK).
 
     device: "cpu", or "cuda": each process gets the GPU of its number on its machine, which becomes torch's current one.
 
     Raises:
         ImportError: several processes, and accelerate is not there. ValueError: several processes, and a GPU with a
-        number; more processes on this machine than it has GPUs; one of several tasks of srun or mpirun that are not told
-        how to connect.
+        number; more processes on this machine than it has GPUs; one of several tasks of srun or mpirun that are not
+        told how to connect.
     """
     global _patient
     where = torch.device(device)

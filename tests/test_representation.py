@@ -237,7 +237,7 @@ def test_resuming_with_something_else_is_refused(run, pictures, tmp_path, monkey
     plain = aligned(flow_config(pictures, steps=4, every=2))
     train.train_flow(plain, tmp_path / "run", progress=False)
     monkeypatch.setattr(tiny_representation, "OFFSET", [1.0])
-    with pytest.raises(ValueError, match=r"encoder_sha256 = '"):
+    with pytest.raises(ValueError, match=r"encoder_weights_sha256 = '"):
         train.train_flow(plain, tmp_path / "run", resume=True, progress=False)
 
 

@@ -217,7 +217,7 @@ class Alignment:
     def prepare(self, out: Path, progress: bool) -> None:
         if self.perceptual is not None:
             with distributed.join(self.config.run.device).main_first():
-                self.identity["perceptual_sha256"] = self.perceptual.prepare(out, progress=progress)
+                self.identity["perceptual_weights_sha256"] = self.perceptual.prepare(out, progress=progress)
 
     def loss(
         self,

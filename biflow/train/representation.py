@@ -95,13 +95,13 @@ class Representation:
         out: the run's folder; None: nothing is kept, and features are cached in a folder of the configuration's only.
 
         Returns:
-            SHA-256 of the encoder: a run is resumed with the same one only.
+            SHA-256 of the encoder, wherever its file lies: a run is resumed with the same one only.
         """
         run, flip, processes = self.config.run, self.config.data.flip, distributed.join(self.config.run.device)
         self.encoder.to(self.device)
         with processes.main_first():
             encoders.prepare(self.encoder, self.data, out, seed=run.seed, flip=flip, progress=progress)
-        found = checkpoint.fingerprint(self.encoder)
+        found = checkpoint.fingerprint(self.encoder, without=("weights",))
         if self.own.cache_features:
             given = self.own.cache_features
             if given is True and out is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from biflow import checkpoint, distributed
-from biflow.data import Batch, ImageData, Stream
+from biflow.data import Batch, ImageData, Stream, kind_of
 from biflow.models.layers import device_name
 from biflow.train import environment, flops, grids, runs
 from biflow.train.configs import FlowTraining, InverseTraining
@@ -27,6 +27,7 @@ from biflow.train.optim import Average, DataOrder, learning_rate, make_optimizer
 from biflow.train.speed import Speed, in_progress_bar
 
 STATE_KIND = "training state"
+HASHES = set(runs.GUARDED_FIELDS.values())
 SHARDS = "shards"  # what the metadata of a sharded state says of them
 OWN = "objective."  # what names of the objective's own parameters begin with in a state
 VALIDATION_SEED = 0x5EED  # its noise is the same in every validation
@@ -80,6 +81,7 @@ class Trainer:
         self, model: nn.Module, objective: Objective, data: ImageData, config: FlowTraining | InverseTraining, out: Path
     ):
         self.config, self.objective, self.data, self.out = config, objective, data, out
+        self.data_sha256 = data.digest()
         self.processes = distributed.join(config.run.torch_device())
         self.parallel = spread(config.parallel, self.processes, config.optim.batch_size)
         self.device = self.processes.device
@@ -121,6 +123,7 @@ class Trainer:
         self.objective.prepare(self.out, progress and main)
         self._restore_newest()
         if main:
+            runs.write_config(self.out, self.mapping)
             runs.cut_metrics(self.out, self.step)
             environment.record(self.out, self.step, self.device)
         started = time.perf_counter() - self.seconds
@@ -204,8 +207,7 @@ class Trainer:
                 tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
             tensors["generator"] = self.generator.get_state()
             metadata = {"step": self.step, "seconds": self.seconds, "window": self.window, **self.objective.identity}
-            if self.data.fingerprint is not None:
-                metadata["data_sha256"] = self.data.fingerprint
+            metadata["data_sha256"] = self.data_sha256
             tensors, shards = self.parallel.write_shards(folder, tensors)
             metadata |= {SHARDS: shards} if shards else {}
             average = self.parallel.whole_model(self.average.model, keep=main)
@@ -221,13 +223,19 @@ class Trainer:
 
     def restore(self, state: checkpoint.Contents, average: nn.Module, folder: Path) -> None:
         """Continue from what a checkpoint holds. ValueError: it is of a run with another configuration."""
-        found = {**runs.with_defaults(state.config), **state.metadata}
-        runs.check_same(found, {**self.mapping, **self.objective.identity}, str(self.out))
         tensors, metadata = state.tensors, state.metadata
-        if metadata.get("data_sha256", self.data.fingerprint) != self.data.fingerprint:
+        found = {**runs.with_defaults(state.config), **metadata}
+        # a run of before there was a hash goes on with the paths that it has
+        identity = {k: v for k, v in self.objective.identity.items() if k in metadata or k not in HASHES}
+        free = {name for name, guard in runs.GUARDED_FIELDS.items() if guard in metadata}
+        if kind_of(self.config.data.source) == "table":  # of its rows only labels are hashed
+            free.discard("data.source")
+        runs.check_same(found, {**self.mapping, **identity}, str(self.out), free)
+        if metadata.get("data_sha256", self.data_sha256) != self.data_sha256:
             raise ValueError(
-                f"{self.out}: expected the images of {self.config.data.source} that the run began with, got others "
-                "(names, labels or what is left out have changed): the order of the epoch would be another"
+                f"{self.out}: expected the images of {found['data']['source']} that the run began with, got others in "
+                f"{self.config.data.source} (arrays, names, labels or what is left out differ): the order of the epoch "
+                "would be another"
             )
         like = {f"model.{k}": p for k, p in self.model.named_parameters()}
         like |= {f"{OWN}{k}": p for k, p in self.own.named_parameters()}
@@ -244,8 +252,11 @@ class Trainer:
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
             if keys:  # a parameter that had no gradient yet has no moments
                 self.optimizer.state[parameter] = {k: tensors[f"{k}.{name}"].to(self.device) for k in keys}
-        self.generator.set_state(tensors["generator"])
         self.step, self.seconds, self.window = metadata["step"], metadata["seconds"], metadata["window"]
+        if len(tensors["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(tensors["generator"])
+        else:  # of another kind of device: from here on other noise
+            self.generator.manual_seed((self.config.run.seed * 1_000_003 + self.step) % 2**63)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
