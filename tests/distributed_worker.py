@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tiny_representation import aligned
 from tiny_training import changed, flow_config, interrupted, inverse_config, random_flow
 
@@ -119,31 +120,46 @@ def does_not_divide(folder):
 
 def counted(folder):
     """How often the processes talk to each other in each step but the last, beside DDP's gradients."""
-    import torch.distributed as dist
-
     calls, starts = [], []
-    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_object", "broadcast_object_list")}
+    originals = {
+        name: getattr(torch.distributed, name) for name in ("all_reduce", "all_gather_object", "broadcast_object_list")
+    }
     for name, original in originals.items():
-        setattr(dist, name, lambda *given, name=name, original=original, **more: (
+        setattr(torch.distributed, name, lambda *given, name=name, original=original, **more: (
             calls.append(name), original(*given, **more))[1])  # fmt: skip
     at_step(None, None, lambda run: starts.append(len(calls)))
     config = changed(flow(folder, accumulate=2, every=100), "run", log_every=100, validate_every=100)
     train.train_flow(changed(config, "optim", steps=5), folder / "counted", progress=False)
     for name, original in originals.items():
-        setattr(dist, name, original)
+        setattr(torch.distributed, name, original)
     counts = [calls[a:b] for a, b in itertools.pairwise(starts)]
     (folder / f"counted_{distributed.join().rank}").write_text(json.dumps(counts))
 
 
 def compiled(folder):
     """torch.compile under DDP, with and without activation checkpointing."""
-    from torch import nn
-
-    original = nn.Module.compile
-    nn.Module.compile = functools.partialmethod(original, backend="aot_eager")  # inductor takes a minute
+    original = torch.nn.Module.compile
+    torch.nn.Module.compile = functools.partialmethod(original, backend="aot_eager")  # inductor takes a minute
     for name, again in (("compiled", False), ("compiled_again", True)):
         train.train_flow(small(folder, compile=True, activation_checkpointing=again), folder / name, progress=False)
-    nn.Module.compile = original
+    torch.nn.Module.compile = original
+
+
+def halves(folder):
+    """A sharded run in bf16, and whether autocast keeps casts of weights in it."""
+    found = []
+
+    def watch(run):
+        loss = run.objective.loss
+        run.objective.loss = lambda *given, **options: (
+            found.append([torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()]),
+            loss(*given, **options),
+        )[1]
+
+    at_step(1, 0, watch)
+    train.train_flow(small(folder, "fsdp", precision="bf16"), folder / "halves", progress=False)
+    if distributed.join().main:
+        (folder / "casts").write_text(json.dumps(found))
 
 
 def small(folder: Path, strategy: str = "ddp", **run) -> FlowTraining:
@@ -193,8 +209,6 @@ def with_features(folder: Path, cache: bool) -> FlowTraining:
 
 def gathers(folder):
     """What helpers give each process."""
-    import torch
-
     own = distributed.join()
     share = own.split(7)
     rows = own.gather_rows(torch.arange(7)[share.start : share.stop, None] * torch.tensor([1.0, 0.5]))

@@ -27,7 +27,7 @@ from biflow.train.draws import BatchGenerator, draw_rows
 
 TESTS = Path(__file__).parent
 CALM = ("gathers", "ddp", "fsdp", "inverses", "stopped", "not_finite", "does_not_divide", "grids", "counted")
-CALM += ("compiled", "two", "cached", "sample")
+CALM += ("compiled", "two", "halves", "cached", "sample")
 slow = pytest.mark.slow
 
 
@@ -312,6 +312,15 @@ def test_compiled_passes_under_ddp(run, calm, tmp_path):
     found = train.train_flow(worker.small(calm), tmp_path / "alone", progress=False)
     assert_same_curves(calm / run, tmp_path / "alone", 1e-9)
     assert largest_difference(found, model(calm / run)) < 1e-9
+
+
+@slow
+def test_sharded_in_bf16_no_weight_stays_cast(calm, tmp_path):
+    found = json.loads((calm / "casts").read_text())
+    assert found == [[True, False]] * len(found) != []
+    train.train_flow(changed(worker.small(calm), "run", precision="bf16"), tmp_path / "alone", progress=False)
+    assert_same_curves(calm / "halves", tmp_path / "alone", 2e-2)
+    assert {p.dtype for p in model(calm / "halves").parameters()} == {torch.float32}
 
 
 @slow

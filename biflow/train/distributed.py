@@ -85,9 +85,12 @@ class Parallel:
     """One process.
 
     own: which rows of a global batch are this process's.
+    keeps_casts: whether autocast may keep what it made of weights until the loss is there.
 
     ValueError: a batch that does not divide into equal parts.
     """
+
+    keeps_casts = True
 
     def __init__(self, config: ParallelConfig, processes: Processes, batch_size: int):
         parts = processes.count * config.accumulate

@@ -117,6 +117,8 @@ class Trainer:
         """
         main = self.processes.main
         check_writers(self.config.run)
+        if main and self.device.type == "cpu" and torch.cuda.is_available():
+            tqdm.write("biflow: training on the CPU; run.device=cuda takes the GPU", file=sys.stderr)
         with self.processes.main_first():
             if main:
                 runs.prepare(self.out, self.mapping, resume)
@@ -353,7 +355,8 @@ class Trainer:
         return self.data.train_x.quantisation.values(batch.pixels.to(self.device)).to(self.dtype), y
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16")
+        options = {"enabled": self.config.run.precision == "bf16", "cache_enabled": self.parallel.keeps_casts}
+        return torch.autocast(self.device.type, torch.bfloat16, **options)
 
     def _restore_newest(self) -> None:
         """Continue from the newest checkpoint that all processes can read, if there is one."""
