@@ -83,6 +83,7 @@ class Trainer:
         self.config, self.objective, self.data, self.out = config, objective, data, out
         self.data_sha256 = data.digest()
         self.processes = distributed.join(config.run.torch_device())
+        self.processes.wait()  # the others may still be reading what the main one read first
         self.parallel = spread(config.parallel, self.processes, config.optim.batch_size)
         self.device = self.processes.device
         self.dtype = config.run.torch_dtype
