@@ -1,7 +1,6 @@
 """A data set's images to shards of latents on disk, going on where it was stopped."""
 
 import contextlib
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -174,7 +173,7 @@ def _begin(
         "dtype": encoding.dtype,
         "precision": encoding.precision,
         "shard_images": encoding.shard_images,
-        "images_sha256": data.fingerprint or _digest(data),
+        "images_sha256": data.digest(),
         "class_names": list(data.class_names),
     }
     if not any(out.iterdir()):
@@ -192,15 +191,6 @@ def _begin(
                 "options, or choose another folder"
             )
     return {name: value for name, value in found.items() if name not in FINAL}
-
-
-def _digest(data: ImageData) -> str:
-    """SHA-256 (hex) of arrays and labels."""
-    total = hashlib.sha256()
-    for images, labels in ((data.train_x, data.train_y), (data.val_x, data.val_y)):
-        total.update(images.digest().encode())
-        total.update(b"" if labels is None else labels.numpy().tobytes())
-    return total.hexdigest()
 
 
 def _shards(data: ImageData, size: int) -> Iterator[tuple[str, str, Tensor]]:

@@ -58,7 +58,8 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """How a run is carried out. A resumed run may change what does not change its weights (`runs.FREE_FIELDS`): the
-    `*_every` fields, keep, tensorboard, wandb, peak_flops, activation_checkpointing and sample_*.
+    `*_every` fields, keep, tensorboard, wandb, peak_flops, activation_checkpointing and sample_*; also device, which
+    changes their bits.
 
     seed: of the initial weights, the order of the data and all noise.
     log_every, validate_every, checkpoint_every: in steps; the last step does all three.

@@ -118,7 +118,8 @@ class Perceptual:
         """Move the backbones to the device and train classifiers, kept in the run folder `out` and read from there.
 
         Returns:
-            name of a term -> SHA-256 of its backbone, and of "the decoder": a run is resumed with the same ones only.
+            name of a term -> SHA-256 of its backbone, wherever its file lies, and of "the decoder": a run is resumed
+            with the same ones only.
         """
         for backbone in self.backbones:
             backbone.to(self.device)
@@ -126,7 +127,7 @@ class Perceptual:
                 run, flip = self.config.run, self.config.data.flip
                 backbones.prepare_classifier(backbone, self.data, out, seed=run.seed, flip=flip, progress=progress)
         self.ready = True
-        found = {backbone.config.label: checkpoint.fingerprint(backbone) for backbone in self.backbones}
+        found = {b.config.label: checkpoint.fingerprint(b, without=("weights",)) for b in self.backbones}
         if self.pixels is not None:
             found["the decoder"] = self.pixels.to(self.device).sha256
         return found
