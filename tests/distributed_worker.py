@@ -196,13 +196,12 @@ def patient(folder):
 
 
 def cached(folder):
-    """Features of an encoder, computed by both."""
+    """Features of an encoder, computed by both, in files of 20 images."""
+    feature_cache.PART = 20
     train.train_flow(with_features(folder, True), folder / "cached", progress=False)
 
 
 def with_features(folder: Path, cache: bool) -> FlowTraining:
-    """Alignment with an encoder whose features are in files of 20 images."""
-    feature_cache.PART = 20
     config = flow_config(folder / "images.npz", 4, every=2)
     return aligned(config, cache_features=cache)
 
