@@ -55,12 +55,12 @@ emulator-test: emulator
 
 # MUTANTS: how many are drawn (60); SURVIVORS: how many of them may survive (0); SEED: which are drawn (1)
 mutants: emulator
-	$(BIN)/python -m tests.emulator.mutants $(if $(MUTANTS),--count $(MUTANTS)) $(if $(SURVIVORS),--survivors $(SURVIVORS)) \
+	PYTHONPATH="$(CURDIR)/tests" $(BIN)/python -m emulator.mutants $(if $(MUTANTS),--count $(MUTANTS)) $(if $(SURVIVORS),--survivors $(SURVIVORS)) \
 	  $(if $(SEED),--seed $(SEED))
 
 # Registers, shared memory and instructions of every CUDA kernel, Triton's too.
 cuda-table: $(BUILT)
-	$(BIN)/python -m tests.cuda_binary
+	$(BIN)/python tests/cuda_binary.py
 
 # On a machine with a GPU: builds with what is installed there, checks and measures everything, within nine minutes.
 # OUT_DIR: folder of the results; COMMIT: name of what is measured, where there is no git.

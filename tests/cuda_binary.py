@@ -1,6 +1,6 @@
 """What nvcc made of the kernels: registers, stack, shared memory and instructions of each, read off libbiflow.so.
 
-    python -m tests.cuda_binary        prints a table, Triton's kernels too
+    python tests/cuda_binary.py        prints a table, Triton's kernels too
 
 Spilled registers live in the stack frame, so a kernel without one has no spills.
 """
@@ -10,7 +10,6 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from dataclasses import dataclass, field
@@ -101,7 +100,6 @@ def triton_kernels() -> list[Kernel]:
     """Those that tests/kernels/test_triton.py compiles, named by what it compiles them for."""
     if importlib.util.find_spec("triton") is None:
         return []
-    sys.path.append(str(Path(__file__).parent))  # as pytest does
     cases = importlib.import_module("kernels.test_triton")
     found = []
     with tempfile.TemporaryDirectory() as folder:

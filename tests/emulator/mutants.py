@@ -1,6 +1,6 @@
 """Plants defects in the GPU kernels, one token at a time, and expects the kernel tests to turn red.
 
-    python -m tests.emulator.mutants --count 60          # or `make mutants`; needs `make emulator`
+    PYTHONPATH=tests python -m emulator.mutants --count 60  # or `make mutants`; needs `make emulator`
 
 A mutant is one line of a kernel or its launcher changed by one operator. Of CUDA C++ it is compiled into a copy of the
 emulated library and meets the kernel tests of its op, tests/kernels/test_<op>.py: first with the race checker, and if
