@@ -22,7 +22,7 @@ from biflow.train.configs import FlowTraining, InverseTraining, flatten
 FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep", "tensorboard")}
 FREE_FIELDS |= {f"run.{name}" for name in ("wandb", "peak_flops", "activation_checkpointing")}
 FREE_FIELDS |= {f"run.{name}" for name in ("sample_every", "sample_images", "sample_guidance")}
-FREE_FIELDS |= {"data.workers", "data.index", "representation.cache_features"}
+FREE_FIELDS |= {"data.workers", "data.index", "representation.cache_features", "representation.encoder.weights"}
 FREE_FIELDS |= {"parallel.strategy", "parallel.accumulate"}
 
 
