@@ -118,8 +118,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 (hex) over the model's kind, `config` and weights: equal for equal models on any device."""
-    document = {"kind": type(model).__name__, "config": to_mapping(model.config)}
+    """SHA-256 (hex) over the model's kind, `config` (if any) and weights: equal for equal models on any device."""
+    document = {"kind": type(model).__name__, "config": to_mapping(getattr(model, "config", {}))}
     return _digest({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, document)
 
 

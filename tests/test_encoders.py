@@ -294,7 +294,7 @@ def test_an_encoder_that_does_not_fit_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="the file is corrupted"):
         encoders.build(given, GRAY, 2, 0)
     biflow.save(biflow.TarFlow(flow_config(images).model), path)
-    with pytest.raises(ValueError, match="expected a self-supervised network, encoder.safetensors of a run, got a Tar"):
+    with pytest.raises(ValueError, match="expected a self-supervised network, "):
         encoders.build(given, GRAY, 2, 0)
 
 

@@ -1,6 +1,6 @@
 """What a flow's layers know: linear probes, logistic regressions of the class on features of the encode.
 
-Of the mean over an image's tokens, and of single tokens, which is what alignment with an encoder changes token by token.
+Of the mean over an image's tokens, and of single tokens, which is what an encoder's features are aligned with.
 
 Source: FlowBack (arXiv 2511.22345, figure 4) by block and layer; what it leaves open is said in `probe_flow`.
 """

@@ -18,7 +18,7 @@ def solve_adjoint(transposed: Callable[[Tensor], Tensor], grad: Tensor, limit: i
         transposed: v -> J^T v, J = dg/dx (B,T,D) x (B,T,D), sample by sample.
         grad: (B,T,D), any float dtype.
         limit: terms after the first, at most; T - 1 is exact.
-        eps: the rounding of what `transposed` computes, where that is coarser than grad's dtype; None: that of the dtype.
+        eps: the rounding of what `transposed` computes, where that is coarser than grad's; None: that of grad's dtype.
 
     Returns:
         v (B,T,D). Not finite where terms overflow.
