@@ -194,7 +194,23 @@ def test_vicreg_is_its_formula():
 )
 def test_the_map_is_as_fine_as_the_tokens(size, grid, side):
     """As far as three stages can halve it."""
-    assert self_supervised.SmallEncoder(2, size, grid)(torch.zeros(2, 2, size, size)).shape == (2, 64, side, side)
+    found = self_supervised.SmallEncoder(2, size, grid)(torch.zeros(2, 2, size, size))
+    assert found.shape == (2, self_supervised.FEATURES, side, side)
+
+
+def test_features_are_those_of_the_last_two_stages():
+    """The earlier ones at the resolution of the last; each channel standardised by itself."""
+    module = self_supervised.SmallEncoder(1, 64, 4).eval()
+    with torch.no_grad():
+        module.standardise.running_mean.uniform_(-1, 1)
+        module.standardise.running_var.uniform_(0.5, 2)
+        x = pictures(size=64)
+        middle = module.stages[1](module.stages[0](x))
+        last = module.stages[2](middle)
+        assert middle.shape[-1] == 2 * last.shape[-1]
+        want = torch.cat([F.avg_pool2d(middle, 2), last], 1)
+        mean, var = module.standardise.running_mean[:, None, None], module.standardise.running_var[:, None, None]
+        torch.testing.assert_close(module(x), (want - mean) / (var + 1e-5).sqrt(), rtol=1e-4, atol=1e-4)
 
 
 def test_no_label_enters_and_the_global_state_is_left_alone(images):

@@ -139,7 +139,7 @@ def _reached(found: list[dict], baseline: dict[int, dict], name: str) -> str:
     fair, note = _pairs(found, baseline, name)
     steps = [own for own, _ in _steps_of(fair, name)]
     missed = f" ({steps.count(None)} of {len(steps)} never)" if None in steps else ""
-    return cell(steps) + missed + note
+    return (cell(steps) + missed + note).strip()
 
 
 def _ratios(found: list[dict], baseline: dict[int, dict], name: str) -> str:
