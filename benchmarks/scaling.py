@@ -4,7 +4,7 @@ FLOPs are those of `biflow.train.flops`; what autograd keeps of an image is meas
 bf16 autocast; the rates are those of `benchmarks/results/nvidia-h200.json`. The constants below are assumptions, and
 only they and the measured file make the tables: change them for your machine.
 
-    python -m benchmarks.scaling [--measured PATH]      # prints Markdown; 2 minutes and 10 GB for XL/2
+    python -m benchmarks.scaling [--measured PATH]      # prints Markdown; 2 minutes, and 15 GB for XL/2
 """
 
 import argparse
@@ -20,14 +20,14 @@ from biflow.train import flops
 
 MODELS = {"B/2": "b2", "L/2": "l2", "XL/2": "xl2"}
 GPUS = (8, 64)  # of 8 a node
-IMAGES = 1_281_167  # of ImageNet's training set
-EPOCHS = {"flow": 640, "inverse": 320}
+STAGES = ("flow", "inverse")  # steps and batch size are those of the presets
 STATE_BYTES = 20  # a parameter: weight, gradient, two moments and averaged weight, fp32
 MEMORY = 0.9 * 139 * 2**30  # bytes of a GPU that a training can use
 SHARES = (0.5, 0.25)  # of the measured GEMM rate that a training step reaches: as the passes do; cautious
 NVLINK, NETWORK = 300e9, 40e9  # bytes a second and GPU of an all-reduce: within a node, between nodes
 PRICE = 2.5  # USD a GPU hour
 LATENT_BYTES = 2 * 2 * 4 * 32 * 32 * 2  # an image: mean and spread, it and its mirror image, fp16
+LATENTS_PER_CORE = 6900  # a second of a core's time, read and drawn (docs/latents.md)
 
 
 def model_of(name: str) -> TarFlow | BiFlow:
@@ -84,12 +84,13 @@ def tables(measured: dict) -> list[str]:
     first = ["| | parameters, M | GFLOP: a pass | a step | kept of an image, MB | state, GB | images that fit |"]
     first.append("|---" * 7 + "|")
     second = [
-        "| | GPUs | batch a GPU | ms a step | all-reduce, ms | images/s | tokens/s | latents read, MB/s | days | USD |"
+        "| | GPUs | batch a GPU | ms a step | all-reduce, ms | images/s | tokens/s | latents read, MB/s | by cores "
+        "| days | USD |"
     ]
-    second.append("|---" * 10 + "|")
+    second.append("|---" * 11 + "|")
     for title, short in MODELS.items():
-        flow, inverse = (model_of(f"imagenet256_{short}_{stage}") for stage in EPOCHS)
-        configs = {stage: presets.training(f"imagenet256_{short}_{stage}") for stage in EPOCHS}
+        flow, inverse = (model_of(f"imagenet256_{short}_{stage}") for stage in STAGES)
+        configs = {stage: presets.training(f"imagenet256_{short}_{stage}") for stage in STAGES}
         passes = {"flow": flops.flow(flow.config), "inverse": flops.inverse(inverse.config, states=False)}
         steps = {
             "flow": flops.training(configs["flow"]),
@@ -103,12 +104,13 @@ def tables(measured: dict) -> list[str]:
             name = f"{title} {stage}"
             cells = [parameters / 1e6, passes[stage] / 1e9, steps[stage] / 1e9, kept / 1e6]
             first.append(line([name, *(f"{c:.0f}" for c in cells), f"{state / 1e9:.1f}", fit]))
-            batch, tokens = configs[stage].optim.batch_size, model.config.tokens
+            optim, tokens = configs[stage].optim, model.config.tokens
+            batch = optim.batch_size
             for gpus in GPUS:
                 reduce = all_reduce_seconds(parameters, gpus)
                 seconds = [max(batch / gpus * steps[stage] / (share * rate), reduce) for share in SHARES]
                 per = [batch / s for s in seconds]
-                hours = [IMAGES * EPOCHS[stage] / p / 3600 for p in per]
+                hours = [optim.steps * batch / p / 3600 for p in per]
                 second.append(
                     line(
                         [
@@ -120,6 +122,7 @@ def tables(measured: dict) -> list[str]:
                             _range(per),
                             _range([p * tokens for p in per]),
                             _range([p * LATENT_BYTES for p in per], 1e-6),
+                            _range([p / LATENTS_PER_CORE for p in per]),
                             _range(hours, 1 / 24),
                             _range([h * gpus * PRICE for h in hours]),
                         ]

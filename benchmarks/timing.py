@@ -148,7 +148,7 @@ def main(run: Callable[..., list[dict]], description: str, **lists: type) -> Non
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
     parser.add_argument("--json", help="write the rows and the machine to this file")
     for name in lists:
-        parser.add_argument(f"--{name}", help="comma-separated")
+        parser.add_argument(f"--{name.replace('_', '-')}", help="comma-separated")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,10 +1,12 @@
-"""The processes that do one job together, as `torchrun` and `accelerate launch` start them.
+"""The processes that do one job together, as `torchrun`, `accelerate launch` or a scheduler starts them.
 
-A process that was started alone is all of them: nothing is imported, connected or copied for it.
+A process that was started alone is all of them: nothing is imported, connected or copied for it. Which process this is
+only its launcher knows; that is what is read from the environment here, and nothing else.
 """
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,8 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-WAIT = timedelta(hours=2)  # how long the others wait for what one does alone, such as training a small encoder
+TIMEOUT = timedelta(minutes=30)  # of what all do at the same time: after that a process that hangs is noticed
+PATIENCE = timedelta(days=7)  # how long processes wait for what one does alone, or for shares of work of any length
 SENT = 1 << 28  # bytes at once
+TASKS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher"}  # how many were started, and by whom
+
+_patient: dist.ProcessGroup | None = None  # all processes once more, with PATIENCE
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Processes:
         rows = rows.detach().cpu().contiguous()
         if self.count == 1:
             return rows
-        counts = self._all(len(rows))
+        counts = self._all(len(rows), _patient)
         if not self.main:
             for part in _bytes(rows):
                 dist.send(part, 0)
@@ -81,9 +87,9 @@ class Processes:
         return self._reduced(values.detach().to("cpu", torch.float64), dist.ReduceOp.SUM)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Until all processes are here, for days if need be; one that dies ends the wait of the others."""
         if self.count > 1:
-            self._all(None)
+            dist.barrier(_patient)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -94,9 +100,9 @@ class Processes:
         if self.main:
             self.wait()
 
-    def _all(self, value: Any) -> list:
+    def _all(self, value: Any, group: dist.ProcessGroup | None = None) -> list:
         values = [None] * self.count
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
 
     def _reduced(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
@@ -109,20 +115,28 @@ class Processes:
 def join(device: str | torch.device = "cpu") -> Processes:
     """The processes of this job; the first call connects them: gloo between CPUs, NCCL between GPUs.
 
+    There are several under torchrun, and where WORLD_SIZE in the environment is above 1 (torch's env://: beside it
+    RANK, MASTER_ADDR, MASTER_PORT, and with GPUs LOCAL_RANK).
+
     device: "cpu", or "cuda": each process gets the GPU of its number on its machine, which becomes torch's current one.
 
     Raises:
         ImportError: several processes, and accelerate is not there. ValueError: several processes, and a GPU with a
-        number; more processes on this machine than it has GPUs.
+        number; more processes on this machine than it has GPUs; one of several tasks of srun or mpirun that are not
+        told how to connect.
     """
+    global _patient
     where = torch.device(device)
-    if not (dist.is_initialized() or dist.is_torchelastic_launched()):
+    if not (dist.is_initialized() or _one_of_several(where)):
         return Processes(0, 1, where)
     if not dist.is_initialized():
         _import_before_connecting()
-        dist.init_process_group("gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=WAIT)
+        dist.init_process_group("gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+        _patient = None
     if dist.get_world_size() == 1:
         return Processes(0, 1, where)
+    if _patient is None:
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     if where.type != "cpu" and where.index is not None:
         raise ValueError(f"device: expected 'cuda' in a job of several processes, one GPU each; got {str(where)!r}")
     try:
@@ -140,9 +154,11 @@ def leave() -> None:
     """The end of the common work, and of the group's threads: one that still lets go of a Python object while the
     interpreter ends would abort the process. After FSDP2, whose caches keep the group, they have at least let go.
     """
+    global _patient
     if dist.is_initialized():
         gc.collect()  # a DistributedDataParallel is a cycle that holds the group
         dist.barrier()
+        _patient = None
         dist.destroy_process_group()
 
 
@@ -151,6 +167,42 @@ def joined(device: str | torch.device = "cpu") -> Iterator[Processes]:
     """`join`, and leave at the end. After an error not: the others may be beyond answering."""
     yield join(device)
     leave()
+
+
+def _one_of_several(where: torch.device) -> bool:
+    """Whether whoever started this process started others beside it; errors as `join`."""
+    if dist.is_torchelastic_launched():
+        return True
+    count = os.environ.get("WORLD_SIZE")
+    if count is None:
+        tasks, launcher = _tasks()
+        if tasks > 1:
+            raise ValueError(
+                f"WORLD_SIZE: expected in the environment of each of {tasks} tasks that {launcher} started, got none: "
+                "each would do the whole job. Start one torchrun a machine, or export RANK, WORLD_SIZE, LOCAL_RANK, "
+                "MASTER_ADDR and MASTER_PORT in each task (docs/distributed.md); WORLD_SIZE=1 if each has a job of "
+                "its own"
+            )
+        return False
+    if not count.isdecimal() or int(count) < 1:
+        raise ValueError(f"WORLD_SIZE: expected the number of processes in the environment, got {count!r}")
+    if int(count) == 1:
+        return False
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", *(("LOCAL_RANK",) if where.type != "cpu" else ())):
+        if name not in os.environ:
+            what = "the process's number on its machine, for its GPU, " if name == "LOCAL_RANK" else ""
+            raise ValueError(f"{name}: expected {what}in the environment beside WORLD_SIZE={count}, got none")
+    return True
+
+
+def _tasks() -> tuple[int, str]:
+    """How many tasks like this one a scheduler started, and which."""
+    found = {name: os.environ.get(name, "") for name in TASKS}
+    # srun's: what salloc or sbatch run is no step, and one shell of `srun --pty` is what a user sits at
+    if {"SLURM_STEP_ID", "SLURM_PROCID"} <= os.environ.keys() and "SLURM_PTY_PORT" not in os.environ:
+        found["srun"] = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")
+    tasks, name = max((int(count) if count.isdecimal() else 1, name) for name, count in found.items())
+    return tasks, TASKS.get(name, name)
 
 
 def _import_before_connecting() -> None:

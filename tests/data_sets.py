@@ -11,10 +11,14 @@ CLASSES = 3
 
 
 def numbered_png(number, side=8, rng=None):
-    """An RGB image whose first pixel is `number` in base 256; else noise, or gray without `rng`."""
+    return encode(numbered(number, side, rng))
+
+
+def numbered(number, side=8, rng=None):
+    """An RGB image (S,S,3) whose first pixel is `number` in base 256; else noise, or gray without `rng`."""
     pixels = np.full((side, side, 3), 128, np.uint8) if rng is None else rng.randint(0, 256, (side, side, 3), np.uint8)
     pixels[0, 0] = [number >> 16, number >> 8 & 255, number & 255]
-    return encode(pixels)
+    return pixels
 
 
 def encode(pixels, kind="PNG", **options):

@@ -1,17 +1,23 @@
 """What tests/test_distributed.py runs under torchrun: `distributed_worker.py FOLDER JOB...`, one after the other."""
 
 import dataclasses
+import datetime
+import functools
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
+import torch
+from tiny_representation import aligned
 from tiny_training import changed, flow_config, interrupted, inverse_config, random_flow
 
 from biflow import cli, distributed, train
-from biflow.train import FlowTraining, InverseTraining, ParallelConfig, trainer
+from biflow.train import FlowTraining, InverseTraining, ParallelConfig, feature_cache, trainer
 
 STEPS, INVERSE_STEPS = 20, 6
 
@@ -40,12 +46,12 @@ def train_inverse(config: InverseTraining, folder: Path, name: str) -> None:
     train.train_inverse(config, random_flow(flow_config(folder).model), folder / name, progress=False)
 
 
-def at_step(step: int, rank: int, act) -> None:
-    """Let that process call `act(trainer)` before its step."""
+def at_step(step: int | None, rank: int | None, act) -> None:
+    """Let that process call `act(trainer)` before its step; None: all of them, before all."""
     original = trainer.Trainer._train_step
 
     def patched(self):
-        if (self.step + 1, self.processes.rank) == (step, rank):
+        if step is None or (self.step + 1, self.processes.rank) == (step, rank):
             act(self)
         original(self)
 
@@ -112,10 +118,97 @@ def does_not_divide(folder):
     (folder / f"does_not_divide_{distributed.join().rank}").write_text(said)
 
 
+def counted(folder):
+    """How often the processes talk to each other in each step but the last, beside DDP's gradients."""
+    calls, starts = [], []
+    originals = {
+        name: getattr(torch.distributed, name) for name in ("all_reduce", "all_gather_object", "broadcast_object_list")
+    }
+    for name, original in originals.items():
+        setattr(torch.distributed, name, lambda *given, name=name, original=original, **more: (
+            calls.append(name), original(*given, **more))[1])  # fmt: skip
+    at_step(None, None, lambda run: starts.append(len(calls)))
+    config = changed(flow(folder, accumulate=2, every=100), "run", log_every=100, validate_every=100)
+    train.train_flow(changed(config, "optim", steps=5), folder / "counted", progress=False)
+    for name, original in originals.items():
+        setattr(torch.distributed, name, original)
+    counts = [calls[a:b] for a, b in itertools.pairwise(starts)]
+    (folder / f"counted_{distributed.join().rank}").write_text(json.dumps(counts))
+
+
+def compiled(folder):
+    """torch.compile under DDP, with and without activation checkpointing."""
+    original = torch.nn.Module.compile
+    torch.nn.Module.compile = functools.partialmethod(original, backend="aot_eager")  # inductor takes a minute
+    for name, again in (("compiled", False), ("compiled_again", True)):
+        train.train_flow(small(folder, compile=True, activation_checkpointing=again), folder / name, progress=False)
+    torch.nn.Module.compile = original
+
+
+def halves(folder):
+    """A sharded run in bf16, and whether autocast keeps casts of weights in it."""
+    found = []
+
+    def watch(run):
+        loss = run.objective.loss
+        run.objective.loss = lambda *given, **options: (
+            found.append([torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()]),
+            loss(*given, **options),
+        )[1]
+
+    at_step(1, 0, watch)
+    train.train_flow(small(folder, "fsdp", precision="bf16"), folder / "halves", progress=False)
+    if distributed.join().main:
+        (folder / "casts").write_text(json.dumps(found))
+
+
+def small(folder: Path, strategy: str = "ddp", **run) -> FlowTraining:
+    """A run of a few steps, of 1, 2, 3 or 4 processes."""
+    config = changed(flow(folder, strategy, every=2), "optim", steps=4, batch_size=12)
+    return changed(config, "run", **run)
+
+
+def two(folder):
+    """A sharded run of two processes."""
+    train.train_flow(small(folder, "fsdp"), folder / "two", progress=False)
+
+
+def three(folder):
+    """Its second half, by three."""
+    with distributed.join().main_first():
+        if distributed.join().main:
+            interrupted(folder / "two", folder, 2).rename(folder / "three")
+    train.train_flow(small(folder, "fsdp"), folder / "three", resume=True, progress=False)
+
+
+def patient(folder):
+    """The first job: one process works alone for longer than all may take for anything together."""
+    rank = os.environ["RANK"]
+    (folder / f"ready_{rank}").touch()
+    while not (folder / "ready_0").exists() or not (folder / "ready_1").exists():
+        time.sleep(0.1)  # imports take as long as they take
+    distributed.TIMEOUT = datetime.timedelta(seconds=4)
+    with distributed.join().main_first():
+        if distributed.join().main:
+            time.sleep(6)
+    own = distributed.join()
+    (folder / f"patient_{rank}").write_text(json.dumps([own.rank, own.count, own.most(own.rank)]))
+
+
+def cached(folder):
+    """Features of an encoder, computed by both."""
+    train.train_flow(with_features(folder, True), folder / "cached", progress=False)
+
+
+def with_features(folder: Path, cache: bool) -> FlowTraining:
+    """Alignment with an encoder whose features are in files of 20 images."""
+    feature_cache.PART = 20
+    config = flow_config(folder / "images.npz", 4, every=2)
+    return aligned(config, cache_features=cache)
+
+
 def gathers(folder):
     """What helpers give each process."""
-    import torch
-
     own = distributed.join()
     share = own.split(7)
     rows = own.gather_rows(torch.arange(7)[share.start : share.stop, None] * torch.tensor([1.0, 0.5]))

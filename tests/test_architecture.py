@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "models": {"models", "ops", "solvers", "config"},
     "data": {"data", "config", "files"},
     "files": {"files"},
-    "latents": {"latents", "data", "config", "files"},
+    "latents": {"latents", "data", "config", "files", "distributed"},
     "calibration": {"models", "solvers", "config"},
     "editing": {"editing", "models", "evaluate", "config"},
 }
@@ -209,7 +209,8 @@ def test_schemas_are_in_library_cpp_only():
 
 
 def test_no_environment_variable_selects_behaviour():
-    assert violations(files("biflow", "*.py"), reads_environment) == []
+    """But for what launchers say there: which of a job's processes this is."""
+    assert violations([p for p in files("biflow", "*.py") if p != PACKAGE / "distributed.py"], reads_environment) == []
 
 
 def test_nothing_is_unpickled():

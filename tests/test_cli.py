@@ -93,11 +93,9 @@ def test_sample_options_reach_an_exact_flow(runs, tmp_path):
 
 
 def test_sample_certifies_what_an_exact_flow_did(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.sampling, "BATCH", 3)
-
     def draw(*options):
         out = tmp_path / "s.npz"
-        assert cli.main(["sample", f"{runs}/flow", "--n", "7", *options, "--out", str(out)]) == 0
+        assert cli.main(["sample", f"{runs}/flow", "--n", "7", "--batch", "3", *options, "--out", str(out)]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[-1] == f"{out}: 7 images"
         return np.load(out)["images"], lines[:-1]
@@ -198,9 +196,9 @@ def test_sampled_npz_is_data(runs, tmp_path):
 
 
 def test_samples_are_drawn_in_batches_and_bad_ones_are_counted(runs, tmp_path, monkeypatch, capsys):
-    def draw(name):
+    def draw(name, *options):
         out = tmp_path / f"{name}.npz"
-        assert cli.main(["sample", f"{runs}/flow", "--n", "10", "--out", str(out)]) == 0
+        assert cli.main(["sample", f"{runs}/flow", "--n", "10", *options, "--out", str(out)]) == 0
         return np.load(out)
 
     whole, sizes, original = draw("whole"), [], biflow.TarFlow.sample
@@ -213,13 +211,31 @@ def test_samples_are_drawn_in_batches_and_bad_ones_are_counted(runs, tmp_path, m
         sizes.append(n)
         return images
 
-    monkeypatch.setattr(cli.sampling, "BATCH", 4)
     monkeypatch.setattr(biflow.TarFlow, "sample", spy)
-    parts = draw("parts")
+    parts = draw("parts", "--batch", "4")
     assert sizes == [4, 4, 2]
     assert parts["labels"].tolist() == whole["labels"].tolist()
     np.testing.assert_allclose(parts["images"][3:], whole["images"][3:], atol=1e-4)
     assert "2 of 10 images are not finite" in capsys.readouterr().err
+
+
+def test_batches_of_any_size_have_the_same_noise(runs, tmp_path, capsys):
+    """Where torch draws it alike; models of 25 numbers an image need a multiple of 16."""
+
+    def draw(model, *options):
+        out = tmp_path / "s.npz"
+        assert cli.main(["sample", str(model), "--n", "40", *options, "--out", str(out)]) == 0
+        return np.load(out)["images"]
+
+    whole = draw(runs / "inverse")
+    np.testing.assert_allclose(draw(runs / "inverse", "--batch", "7"), whole, atol=1e-4)
+    odd = tmp_path / "odd.safetensors"
+    config = dict(img_size=5, in_channels=1, patch_size=1, width=16, head_dim=8, num_blocks=2, layers_per_block=1)
+    biflow.save(biflow.TarFlow(biflow.TarFlowConfig(**config)), odd)
+    np.testing.assert_allclose(draw(odd, "--batch", "16"), draw(odd), atol=1e-4)
+    np.testing.assert_array_equal(draw(odd, "--batch", "41"), draw(odd))
+    assert cli.main(["sample", str(odd), "--n", "40", "--batch", "8", "--out", str(tmp_path / "s.npz")]) == 2
+    assert "--batch: expected a multiple of 16, so that images of 25 numbers" in capsys.readouterr().err
 
 
 def test_sample_png_is_a_grid(runs, tmp_path):

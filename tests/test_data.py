@@ -9,6 +9,7 @@ from PIL import Image
 
 from biflow import data as datasets
 from biflow.data import DataConfig
+from biflow.data.adm import NpzImages, write_adm
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,14 @@ def make_folder(root, mode="RGB"):
     (root / "ants" / ".hidden.png").write_text("passed over")
     (root / "ants" / "readme.txt").write_text("passed over")
     return root
+
+
+def test_a_npz_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_adm(tmp_path / "s.npz", [torch.zeros(3, 1, 4, 4)], 3)
+    images = NpzImages("~/s.npz")
+    assert [batch.shape for batch in images.batches(2)] == [(2, 3, 4, 4), (1, 3, 4, 4)]
+    assert len(datasets.load(DataConfig(source="~/s.npz", val_fraction=0.0)).train_x) == 3
 
 
 def test_folder_with_classes(tmp_path, monkeypatch):

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import distributed_worker as worker
@@ -19,20 +22,35 @@ from tiny_training import changed, flow_config, interrupted, random_flow, same_w
 
 import biflow
 from biflow import checkpoint, cli, distributed, train
-from biflow.train import ParallelConfig
+from biflow.train import ParallelConfig, runs
 from biflow.train.draws import BatchGenerator, draw_rows
 
 TESTS = Path(__file__).parent
-CALM = ("gathers", "ddp", "fsdp", "inverses", "stopped", "not_finite", "does_not_divide", "grids", "sample")
+CALM = ("gathers", "ddp", "fsdp", "inverses", "stopped", "not_finite", "does_not_divide", "grids", "counted")
+CALM += ("compiled", "two", "halves", "cached", "sample")
 slow = pytest.mark.slow
 
 
-def torchrun(*arguments: str, module: bool = False, count: int = 2) -> subprocess.CompletedProcess:
+def start(command: list[str], **variables: str) -> subprocess.Popen:
+    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=os.environ | variables, text=True, **pipes)
+
+
+def started(*arguments: str, module: bool = False, count: int = 2) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command += ["-m", "biflow"] if module else [str(TESTS / "distributed_worker.py")]
-    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    return start([*command, *arguments])
+
+
+def finished(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    out, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def torchrun(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return finished(started(*arguments, **options))
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +181,29 @@ def test_a_killed_process_ends_the_job_and_resuming_loses_nothing(calm, killed, 
 
 
 @slow
+def test_a_signal_for_torchrun_stops_all_with_a_checkpoint(folder, tmp_path):
+    config = changed(changed(flow_config(folder / "images.npz"), "optim", steps=100_000), "run", log_every=1)
+    fields = checkpoint.to_mapping(changed(config, "run", checkpoint_every=100_000, validate_every=100_000))
+    (tmp_path / "flow.yaml").write_text(yaml.safe_dump({"stage": "flow", **fields}))
+    run = tmp_path / "run"
+    process = started("train", str(tmp_path / "flow.yaml"), "--out", str(run), "--quiet", module=True)
+    try:
+        deadline = time.monotonic() + 120
+        while kill_resume.last_step(run) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        done = finished(process)
+    finally:
+        process.kill()
+    assert done.returncode not in (0, None), done.stderr
+    assert done.stderr.count("stopped by a signal at step") == 1, done.stderr
+    (written,) = runs.checkpoints(run)
+    assert int(written.name[5:]) == kill_resume.last_step(run) >= 3
+    assert checkpoint.read(written / "state.safetensors").metadata["step"] == kill_resume.last_step(run)
+    assert not (run / "model.safetensors").exists()
+
+
+@slow
 def test_three_processes_resume_bit_for_bit(folder):
     """Where a + b + c depends on the order: DDP's buckets must not change after the first step."""
     done = torchrun(str(folder), "thirds", "left", count=3)
@@ -212,8 +253,19 @@ def test_a_sharded_run_resumes_bit_for_bit(calm):
 
 
 @slow
+def test_three_processes_continue_what_two_sharded(calm, tmp_path):
+    done = torchrun(str(calm), "three", count=3)
+    assert done.returncode == 0, done.stderr
+    newest = runs.checkpoints(calm / "three")[0]
+    assert len(list((newest / "shards").iterdir())) == 3
+    found = train.train_flow(worker.small(calm), tmp_path / "alone", progress=False)
+    assert largest_difference(found, model(calm / "three")) < 1e-9
+    assert_same_curves(calm / "three", tmp_path / "alone", 1e-9)
+
+
+@slow
 def test_one_process_continues_a_sharded_run(calm, alone, tmp_path):
-    newest = train.runs.checkpoints(calm / "fsdp_alone")[0]
+    newest = runs.checkpoints(calm / "fsdp_alone")[0]
     state = checkpoint.read(newest / "state.safetensors")
     assert len(list((newest / "shards").iterdir())) == 2
     assert not any(name.startswith("exp_avg") for name in state.tensors)
@@ -225,7 +277,7 @@ def test_one_process_continues_a_sharded_run(calm, alone, tmp_path):
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
 def test_damaged_shards_are_passed_over(damage, calm, alone, tmp_path, capsys):
     out = interrupted(calm / "fsdp", tmp_path, 14)
-    file = sorted((train.runs.checkpoints(out)[0] / "shards").iterdir())[1]
+    file = sorted((runs.checkpoints(out)[0] / "shards").iterdir())[1]
     if damage == "flipped":
         data = bytearray(file.read_bytes())
         data[-3] ^= 1
@@ -246,6 +298,115 @@ def test_processes_share_and_gather(calm):
     rows = [[float(i), i / 2] for i in range(7)]
     assert first == [2, [0, 1, 2], 0, 1, [0, 1], rows, True]
     assert second == [2, [3, 4, 5, 6], 0, 1, [0, 1], None, False]
+
+
+@slow
+def test_a_step_talks_once_about_values_and_signals(calm):
+    """And once about the prior variance that shift_only flows learn."""
+    assert json.loads((calm / "counted_0").read_text()) == [["all_reduce"] * 2] * 4
+
+
+@slow
+@pytest.mark.parametrize("run", ["compiled", "compiled_again"])
+def test_compiled_passes_under_ddp(run, calm, tmp_path):
+    found = train.train_flow(worker.small(calm), tmp_path / "alone", progress=False)
+    assert_same_curves(calm / run, tmp_path / "alone", 1e-9)
+    assert largest_difference(found, model(calm / run)) < 1e-9
+
+
+@slow
+def test_sharded_in_bf16_no_weight_stays_cast(calm, tmp_path):
+    found = json.loads((calm / "casts").read_text())
+    assert found == [[True, False]] * len(found) != []
+    train.train_flow(changed(worker.small(calm), "run", precision="bf16"), tmp_path / "alone", progress=False)
+    assert_same_curves(calm / "halves", tmp_path / "alone", 2e-2)
+    assert {p.dtype for p in model(calm / "halves").parameters()} == {torch.float32}
+
+
+@slow
+def test_processes_share_the_features_of_an_encoder(calm, tmp_path):
+    """fp16 features, whatever the batch: the curves are those of features that each step computes."""
+    assert len(list((calm / "cached" / "features").iterdir())) == 6
+    train.train_flow(worker.with_features(calm, False), tmp_path / "alone", progress=False)
+    assert_same_curves(calm / "cached", tmp_path / "alone", 1e-4)
+
+
+# --- without torchrun -----------------------------------------------------------------------------------------------
+
+
+@slow
+def test_processes_of_any_launcher_connect_and_wait_for_what_one_does_alone(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(TESTS / "distributed_worker.py"), str(folder), "patient"]
+    known = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for done in map(finished, [start(command, RANK=rank, **known) for rank in "01"]):
+        assert done.returncode == 0, done.stderr
+    assert [json.loads((folder / f"patient_{rank}").read_text()) for rank in (0, 1)] == [[0, 2, 1], [1, 2, 1]]
+
+
+STEP = {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "device", "reason"),
+    [
+        (STEP, "cpu", "WORLD_SIZE: expected in the environment of each of 4 tasks that srun started, got none: each"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2"},
+            "cpu",
+            "2 tasks that mpirun started, got none: .* Start one torchrun a machine",
+        ),
+        ({"PMI_SIZE": "3"}, "cpu", "each of 3 tasks that an MPI launcher started"),
+        ({"WORLD_SIZE": "2"}, "cpu", "RANK: expected in the environment beside WORLD_SIZE=2, got none"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a"}, "cpu", "MASTER_PORT: expected in the environment"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "cuda",
+            "LOCAL_RANK: expected the process's number on its machine, for its GPU, in the environment beside",
+        ),
+        ({"WORLD_SIZE": "two"}, "cpu", "WORLD_SIZE: expected the number of processes in the environment, got 'two'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_processes_that_cannot_connect_do_not_each_do_the_whole(variables, device, reason, unlaunched):
+    for name, value in variables.items():
+        unlaunched.setenv(name, value)
+    with pytest.raises(ValueError, match=reason):
+        distributed.join(device)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # the script of sbatch
+        {"SLURM_NTASKS": "4"},  # the shell of salloc
+        {**STEP, "SLURM_STEP_NUM_TASKS": "1"},  # its shell as a step of its own
+        {**STEP, "SLURM_PTY_PORT": "40000"},  # srun --pty -n 4 bash
+        {**STEP, "WORLD_SIZE": "1"},  # four jobs side by side
+        {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"},
+    ],
+    ids=str,
+)
+def test_a_process_that_a_scheduler_started_alone_is_alone(variables, unlaunched):
+    for name, value in variables.items():
+        unlaunched.setenv(name, value)
+    assert distributed.join().count == 1
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture
+def unlaunched(monkeypatch):
+    """An environment in which nothing was launched."""
+    launchers = ("SLURM_", "OMPI_", "PMI_", "TORCHELASTIC_")
+    for name in os.environ:
+        if name.startswith(launchers) or name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+# --- alone ----------------------------------------------------------------------------------------------------------
 
 
 def test_alone_everything_is_one_s_own():

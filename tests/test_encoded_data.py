@@ -304,18 +304,21 @@ def test_many_corrupt_images_are_told_of_in_few_lines(tmp_path, capsys, monkeypa
     assert (tmp_path / "corrupt.txt").read_bytes() == kept
 
 
-@pytest.mark.parametrize("kind", data_sets.KINDS)
+def needs(kind):
+    if kind in ("table", "latents"):
+        pytest.importorskip({"table": "datasets", "latents": "diffusers"}[kind])
+
+
+@pytest.mark.parametrize("kind", every_image.KINDS)
 def test_every_image_once_an_epoch(kind, tmp_path):
-    if kind == "table":
-        pytest.importorskip("datasets")
+    needs(kind)
     every_image.check(kind, tmp_path, 400, 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", data_sets.KINDS)
+@pytest.mark.parametrize("kind", every_image.KINDS)
 def test_every_image_once_an_epoch_of_many(kind, tmp_path):
-    if kind == "table":
-        pytest.importorskip("datasets")
+    needs(kind)
     every_image.check(kind, tmp_path, 20_000, 2)
 
 

@@ -30,7 +30,7 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text())
-    assert set(found["parts"]) == {"limits", "decode", "models", "kernels", "compiled"}
+    assert set(found["parts"]) == {"limits", "decode", "models", "kernels", "training", "compiled"}
     assert {"device", "torch", "commit", "date", "packages"} <= set(found["machine"])
     items = {row["item"] for row in found["parts"]["models"]["rows"]}
     assert {"one-pass reverse B/2", "density B/2", "density TARFlow-64"} <= items
@@ -43,7 +43,10 @@ def test_dry_run(tmp_path):
     assert {"affine_encode", "affine_decode backward", "attention_qkv", "add_norm", "gate swiglu"} <= ops
     assert {"attention_qkv forward + backward", "alignment_error forward + backward"} <= ops
     assert all("error" in row for name in ("models", "kernels") for row in found["parts"][name]["rows"] if "us" in row)
-    assert len([row for row in found["parts"]["compiled"]["rows"] if "x_compile" in row]) == 6
+    steps = found["parts"]["training"]["rows"]
+    assert [row["item"].split(", ")[1] for row in steps] == ["flow B/2", "inverse B/2", "flow TARFlow-64"]
+    assert all(min(row["ms_step"], row["images_s"], row["x_eager"], row["error"]) > 0 for row in steps)
+    assert len([row for row in found["parts"]["compiled"]["rows"] if "x_compile" in row]) == 8
     assert not any("failed" in row for part in found["parts"].values() for row in part["rows"])
     for line in ("one-pass reverse B/2", "models       ok", "decode       ok"):  # the table
         assert line in done.stdout
@@ -54,8 +57,8 @@ def test_unknown_part():
     done = run("--only", "kernel")
     assert done.returncode == 2
     assert (
-        "expected some of build, conformance, tests, limits, machine, decode, models, kernels, memcheck, racecheck, "
-        "compiled" in done.stderr
+        "expected some of build, conformance, tests, limits, machine, decode, models, kernels, training, memcheck, "
+        "racecheck, compiled" in done.stderr
     )
 
 
@@ -289,8 +292,8 @@ def test_every_part_fits():
     assert check.SECONDS < 535
     every = check.parts(ROOT, None, dry=False)
     assert [p.name for p in every] == [
-        "build", "conformance", "tests", "limits", "machine", "decode", "models", "kernels", "memcheck", "racecheck",
-        "compiled",
+        "build", "conformance", "tests", "limits", "machine", "decode", "models", "kernels", "training", "memcheck",
+        "racecheck", "compiled",
     ]  # fmt: skip
     assert sum(p.seconds for p in every[:6]) <= check.SECONDS  # what decides has its time in any case
     limits = {p.name: p.seconds for p in every}

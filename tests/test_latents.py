@@ -16,11 +16,12 @@ from tiny_latents import COUNT, configured, encode, make_place, read_moments, so
 from tiny_training import changed, inverse_config, random_flow
 
 import biflow
-from biflow import cli, data, latents, train
+from biflow import cli, data, distributed, latents, train
 from biflow.data import DataConfig
 from biflow.data import latents as stored
+from biflow.files import TEMPORARY
 from biflow.latents import autoencoder as vae
-from biflow.latents.encoding import Moments
+from biflow.latents.encoding import ChannelMoments
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'biflow[latents]'")
 
@@ -83,7 +84,7 @@ def test_statistics_of_a_large_mean_are_sound():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(6, 1, 1, 3, 4, 4, generator=generator, dtype=torch.float64)
     z = torch.cat([1e9 + noise, torch.full_like(noise, 0.5)], 2)
-    found = sum((Moments.of(part) for part in z[1:].split(2)), Moments.of(z[:1]))
+    found = sum((ChannelMoments.of(part) for part in z[1:].split(2)), ChannelMoments.of(z[:1]))
     want = noise.transpose(0, 3).flatten(1).var(1, correction=0) + 0.25
     assert torch.allclose(torch.from_numpy(found.squares / found.count), want, rtol=1e-6)
 
@@ -148,6 +149,28 @@ def test_goes_on_where_it_was_stopped(batches, place, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(place / "latents")
     encode(place, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(place / "latents")
+
+
+def test_another_process_of_the_job_makes_its_files_and_leaves_the_others(place, tmp_path, monkeypatch):
+    class Second(distributed.Processes):
+        def wait(self):
+            """Nobody else is there."""
+
+        def same(self, value):
+            return value
+
+    out = tmp_path / "latents"
+    shutil.copytree(place / "latents", out)
+    for shard in out.glob("*.safetensors"):
+        shard.unlink()
+    (out / f"{TEMPORARY}train-00000").write_text("what the first process is writing")
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "join", lambda device: Second(1, 2, torch.device(device)))
+        assert encode(place, out) is None
+    found = {path.name for path in out.iterdir()}
+    assert found == {f"{TEMPORARY}train-00000", "latents.json", "train-00001.safetensors"}
+    encode(place, out)
+    assert contents(out) == contents(place / "latents")
 
 
 def test_an_interrupted_command_says_how_it_goes_on(place, tmp_path, monkeypatch, capsys):

@@ -243,16 +243,23 @@ def test_resume_is_bit_for_bit_and_keeps_to_the_backbones(images, tmp_path, monk
     assert kill_resume.metrics(out) == kill_resume.metrics(tmp_path / "calm")
     assert [path.name for path in runs.checkpoints(out)[0].iterdir() if "perceptual" in path.name] == []
 
+    out, moved = interrupted("moved"), tmp_path / "elsewhere" / file.name
+    moved.parent.mkdir()
+    shutil.copy(file, moved)
+    elsewhere = dataclasses.replace(config.perceptual[0], weights=str(moved))
+    again = dataclasses.replace(config, perceptual=(elsewhere, config.perceptual[1]))
+    assert same_weights(train.train_inverse(again, flow, out, resume=True, progress=False), calm)
+
     out = interrupted("other classifier")
     path = out / "perceptual_classifier.safetensors"
     found = checkpoint.read(path)
     changed = {name: tensor + 1 for name, tensor in found.tensors.items()}
     checkpoint.write(path, found.kind, changed, found.config, found.metadata)
-    with pytest.raises(ValueError, match=r"the run to resume has perceptual_sha256\.classifier"):
+    with pytest.raises(ValueError, match=r"the run to resume has perceptual_weights_sha256\.classifier"):
         train.train_inverse(config, flow, out, resume=True, progress=False)
     out = interrupted("other weights")
     torch.save(convolutions().state_dict(), file)
-    with pytest.raises(ValueError, match=r"the run to resume has perceptual_sha256\.convolutions"):
+    with pytest.raises(ValueError, match=r"the run to resume has perceptual_weights_sha256\.convolutions"):
         train.train_inverse(config, flow, out, resume=True, progress=False)
 
 

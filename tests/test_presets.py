@@ -1,17 +1,23 @@
 """Presets: the sizes that are known of the paper's models, that pairs fit, and one step of every one, made small."""
 
+import functools
+import re
+import shlex
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_latents
 import torch
 import yaml
+from tiny_training import same_weights
 
 import biflow
 from biflow import cli, presets, train
 from biflow.config import to_mapping
 from biflow.data import DataConfig, load
+from biflow.data.images import split_indices
 from biflow.evaluate import check_pair
 
 INVERSES = [name for name in presets.names() if name.endswith("_inverse")]
@@ -21,6 +27,14 @@ SMALL = (
 )  # fmt: skip
 ALIGNED = ("representation.features=[[-1, 0], [0, 0]]", "representation.encoder={name: self_supervised, steps: 1}")
 DEPTH = {"flow": "model.layers_per_block=1", "inverse": "model.layers_per_group=1"}
+
+
+IMAGENET = [name for name in presets.names() if name.startswith("imagenet")]
+IMAGENET_IMAGES = 1_281_167  # of 1,000 classes of 732 to 1,300 images, 895 of them of 1,300
+
+
+def text(name):
+    return (resources.files("biflow.presets") / f"{name}.yaml").read_text()
 
 
 def build(name, overrides=()):
@@ -115,14 +129,61 @@ def test_an_inverse_fits_the_flow_of_its_name(name):
     assert to_mapping(settings.data) == to_mapping(flow_settings.data)
 
 
+@functools.cache
+def held_out_of_imagenet(fraction):
+    """How many images of each class, with classes of as many images as those of ImageNet have."""
+    others = IMAGENET_IMAGES - 895 * 1300
+    counts = [1300] * 895 + [732, 1299] + [(others - 2031) // 103] * 103
+    counts[-1] += IMAGENET_IMAGES - sum(counts)
+    labels = torch.repeat_interleave(torch.arange(1000), torch.tensor(counts))
+    train_rows, held_out = split_indices(len(labels), labels, fraction, 0)
+    return len(train_rows), labels[held_out].bincount(minlength=1000)
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_epochs_of_imagenet_are_what_they_are_said_to_be(name):
+    """By the preset's comment, and by docs/scaling.md; what is held out is an image a class, all of it validated on."""
+    settings = presets.training(name)
+    count, held_out = held_out_of_imagenet(settings.data.val_fraction)
+    assert held_out.unique().tolist() == [1]
+    assert held_out.sum() <= settings.run.validate_images
+    (claim,) = re.findall(r"(\d+) epochs of ([\d,]+) images", text(name))
+    assert int(claim[1].replace(",", "")) == count == IMAGENET_IMAGES - 1000
+    optim = settings.optim
+    assert optim.steps * optim.batch_size / count == pytest.approx(int(claim[0]), rel=2e-4)
+    if "one epoch" in text(name):
+        assert optim.warmup_steps == round(count / optim.batch_size)
+    if "aligned" not in name:
+        plan = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+        said = re.search(r"batch (\d+), (\d+) epochs of\sstage one and (\d+) of stage two, of ([\d,]+) images", plan)
+        epochs = said[2] if name.endswith("flow") else said[3]
+        assert (said[1], epochs, said[4]) == (str(optim.batch_size), *claim)
+
+
+def test_imagenet_is_read_ahead_which_changes_no_bit(sources, tmp_path):
+    assert {presets.training(name).data.workers for name in IMAGENET} == {2}
+    given = (*SMALL, DEPTH["flow"], f"data.source={sources['imagenet256']}", "data.flip=true", "optim.steps=5")
+    ahead, inline = (
+        train.train_flow(presets.training("imagenet256_b2_flow", (*given, *more)), tmp_path / name, progress=False)
+        for name, more in (("ahead", ()), ("inline", ("data.workers=0",)))
+    )
+    assert same_weights(ahead, inline)
+
+
+@pytest.mark.parametrize("name", [name for name in INVERSES if name in IMAGENET])
+def test_the_perceptual_terms_in_a_comment_are_settings(name):
+    lines = text(name).splitlines()
+    (first,) = (i for i, line in enumerate(lines) if line.startswith("#   decoder="))
+    words = shlex.split(" ".join(line.strip("#\\") for line in lines[first : first + 2]))
+    settings = presets.training(name, words)
+    assert settings.decoder == "stabilityai/sd-vae-ft-ema"
+    assert [term.backbone for term in settings.perceptual] == ["lpips", "convnext_v2"]
+
+
 @pytest.mark.parametrize("name", presets.names())
 def test_a_preset_says_its_data_and_trains_a_step_on_it(name, sources, tmp_path):
     source = next(source for kind, source in sources.items() if name.startswith(kind))
-    comments = "".join(
-        line
-        for line in (resources.files("biflow.presets") / f"{name}.yaml").read_text().splitlines()
-        if line[:1] == "#"
-    )
+    comments = "".join(line for line in text(name).splitlines() if line[:1] == "#")
     assert "digits" in comments if source == "digits" else "data.source=" in comments
     stage = name.rpartition("_")[2]
     given = (*SMALL, f"data.source={source}", *(ALIGNED if "representation" in presets.read(name) else ()))

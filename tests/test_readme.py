@@ -79,6 +79,16 @@ def test_make_targets_exist():
     assert "biflow demo --out $(OUT)" in makefile
 
 
+def test_commands_that_train_on_imagenet_do_it_on_a_gpu():
+    """In the README, in docs/ and in what presets say of themselves; a training without it would be on the CPU."""
+    found = []
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "biflow" / "presets").glob("*.yaml")):
+        text = path.read_text().replace("\\\n", " ")
+        found += [(path.name, line) for line in re.findall(r"biflow (?:train|distill) imagenet\d+_.*", text)]
+    assert {"README.md", "latents.md", "distributed.md", "perceptual.md"} <= {name for name, _ in found}
+    assert [each for each in found if "run.device=cuda" not in each[1]] == []
+
+
 def test_readme_points_to_files_that_exist():
     links = [target for target in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in target]
     assert [link for link in links if not (ROOT / link).exists()] == []

@@ -69,7 +69,8 @@ def test_commands_run_on_a_stand_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez(REFERENCE, arr_0=np.random.RandomState(0).randint(0, 256, (12, 16, 16, 3), np.uint8))
     tiny_inception.write_inception(tmp_path / "inception.pth")
-    words = shlex.split(score.replace("--device cuda", "--device cpu"))[1:]
+    words = shlex.split(score.replace("--device cuda", "--device cpu"))
+    words = words[words.index("biflow") + 1 :]
     assert cli.main([*words, "--inception", "inception.pth", "--quiet"]) == 0
     report = json.loads((tmp_path / "score.json").read_text())
     assert report["samples"]["images"] == 10

@@ -237,7 +237,7 @@ def test_resuming_with_something_else_is_refused(run, pictures, tmp_path, monkey
     plain = aligned(flow_config(pictures, steps=4, every=2))
     train.train_flow(plain, tmp_path / "run", progress=False)
     monkeypatch.setattr(tiny_representation, "OFFSET", [1.0])
-    with pytest.raises(ValueError, match=r"encoder_sha256 = '"):
+    with pytest.raises(ValueError, match=r"encoder_weights_sha256 = '"):
         train.train_flow(plain, tmp_path / "run", resume=True, progress=False)
 
 
@@ -278,8 +278,8 @@ def test_cached_features_change_no_bit(pictures, tmp_path, capfd):
     want = train.train_flow(config, tmp_path / "plain", progress=False)
     cached = changed(config, "representation", cache_features=True)
     assert same_weights(train.train_flow(cached, tmp_path / "cached", progress=False), want)
-    (file,) = (tmp_path / "cached" / "features").iterdir()
-    assert np.load(file).shape == (2, 54, 4, 5)
+    files = sorted((tmp_path / "cached" / "features").iterdir())
+    assert [np.load(file).shape for file in files] == [(54, 4, 5)] * 2  # as they are, and mirrored
     assert metrics(tmp_path / "cached")[-1]["loss"] == metrics(tmp_path / "plain")[-1]["loss"]
     assert "writing the encoder's features of 54 images" in capfd.readouterr().out
     # a folder for several runs: written once, by the first; a run may go on with or without it
@@ -294,38 +294,50 @@ def test_cached_features_change_no_bit(pictures, tmp_path, capfd):
 def test_a_stale_or_damaged_cache_is_not_read(pictures, tmp_path, capfd, monkeypatch):
     folder = str(tmp_path / "features")
     first = prepared(pictures, cache_features=folder)
-    kept = first.cache.path.read_bytes()
+    damaged = first.cache.paths[1]
+    kept = damaged.read_bytes()
     rows = torch.arange(2 * 54)
     want = first.cache(rows)
-    first.cache.path.write_bytes(kept[:-2])
+    damaged.write_bytes(kept[:-2])
     again = prepared(pictures, cache_features=folder)
     assert "damaged" in capfd.readouterr().out
-    assert again.cache.path.read_bytes() == kept
+    assert damaged.read_bytes() == kept
     assert torch.equal(again.cache(rows), want)
     monkeypatch.setattr(tiny_representation, "OFFSET", [1.0])
     other = prepared(pictures, cache_features=folder)
-    assert other.cache.path != first.cache.path
+    assert other.cache.paths != first.cache.paths
     assert not torch.equal(other.cache(rows), want)
     with np.load(pictures) as arrays:
         np.savez(tmp_path / "images.npz", images=255 - arrays["images"], labels=arrays["labels"])
-    assert prepared(tmp_path / "images.npz", cache_features=folder).cache.path != other.cache.path
+    assert prepared(tmp_path / "images.npz", cache_features=folder).cache.paths != other.cache.paths
 
 
-def test_a_killed_write_leaves_no_cache(pictures, tmp_path, monkeypatch):
+def test_a_killed_write_loses_a_part_at_most(pictures, tmp_path, monkeypatch, capfd):
+    """With files of 20 images, for 54 images and as many mirrored, in batches of 16."""
+    from biflow.train import feature_cache
     from biflow.train.encoders import Encoder
 
     calls, forward = [], Encoder.forward
 
     def fail(self, x):
-        calls.append(1)
-        if len(calls) > 3:
+        calls.append(len(x))
+        if len(calls) == 6:  # one for the shape, then those of images 0 ... 53, then of the first mirrored ones
             raise KeyboardInterrupt
         return forward(self, x)
 
+    want = prepared(pictures, cache_features=str(tmp_path / "whole")).cache
+    monkeypatch.setattr(feature_cache, "PART", 20)
     monkeypatch.setattr(Encoder, "forward", fail)
+    folder = tmp_path / "features"
     with pytest.raises(KeyboardInterrupt):
-        prepared(pictures, cache_features=str(tmp_path / "features"))
-    assert list((tmp_path / "features").iterdir()) == []
+        prepared(pictures, cache_features=str(folder))
+    assert [len(np.load(file)) for file in sorted(folder.iterdir())] == [20, 20, 14]
+    assert "in 6 of 6 files" in capfd.readouterr().out
+    found = prepared(pictures, cache_features=str(folder)).cache
+    assert "in 3 of 6 files" in capfd.readouterr().out
+    assert calls == [16] * (6 + 1 + 4)
+    rows = torch.randperm(2 * 54, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found(rows), want(rows))
 
 
 # --- settings

@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import kill_resume
+import numpy as np
 import pytest
 import torch
 from tiny_training import changed, flow_config, interrupted, inverse_config, random_flow, same_weights, write_images
@@ -174,3 +175,57 @@ def test_the_state_file_is_checked_like_a_model(finished):
     assert json.loads(json.dumps(contents.config))["stage"] == "flow"
     with pytest.raises(ValueError, match="expected a model of kind TarFlow or BiFlow, got kind 'training state'"):
         biflow.load(path)
+
+
+# --- paths ----------------------------------------------------------------------------------------------------------
+
+
+def test_data_may_move_and_may_not_change(finished, images, tmp_path):
+    """A copy for each job; config.yaml says where they are when the run goes on, and only then."""
+    out, moved, other = interrupted(finished[1], tmp_path, 10), tmp_path / "scratch.npz", tmp_path / "other.npz"
+    shutil.copy(images, moved)
+    with np.load(images) as arrays:
+        np.savez(other, images=arrays["images"][::-1], labels=arrays["labels"])
+    before = (out / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=rf"expected the images of {images} that the run began with, got others in .*"):
+        train.train_flow(changed(finished[0], "data", source=str(other)), out, resume=True, progress=False)
+    assert (out / "config.yaml").read_text() == before
+    resumed = train.train_flow(changed(finished[0], "data", source=str(moved)), out, resume=True, progress=False)
+    assert same_weights(resumed, finished[2])
+    assert kill_resume.raw_state(out, 20) == kill_resume.raw_state(finished[1], 20)
+    assert (out / "config.yaml").read_text() == before.replace(str(images), str(moved))
+
+
+def rewritten(out, change):
+    """The newest training state, as `change(config, metadata, tensors)` makes it."""
+    path = runs.checkpoints(out)[0] / "state.safetensors"
+    found = checkpoint.read(path)
+    change(found.config, found.metadata, found.tensors)
+    checkpoint.write(path, found.kind, found.tensors, found.config, found.metadata)
+
+
+def test_a_run_of_before_arrays_had_a_hash_goes_on_where_its_data_is(finished, images, tmp_path):
+    out, moved = interrupted(finished[1], tmp_path, 10), tmp_path / "scratch.npz"
+    shutil.copy(images, moved)
+    rewritten(out, lambda config, metadata, tensors: metadata.pop("data_sha256"))
+    with pytest.raises(ValueError, match=r"data\.source = '.*images\.npz', this configuration '.*scratch\.npz'"):
+        train.train_flow(changed(finished[0], "data", source=str(moved)), out, resume=True, progress=False)
+    assert same_weights(train.train_flow(finished[0], out, resume=True, progress=False), finished[2])
+    assert kill_resume.raw_state(out, 20) == kill_resume.raw_state(finished[1], 20)
+
+
+def test_a_run_may_go_on_on_another_device(finished, tmp_path):
+    """With other noise: a GPU's generator has another state. Nothing else differs."""
+    out = interrupted(finished[1], tmp_path, 10)
+
+    def change(config, metadata, tensors):
+        config["run"]["device"] = "cuda"
+        tensors["generator"] = torch.zeros(16, dtype=torch.uint8)
+
+    rewritten(out, change)
+    path = out / "config.yaml"
+    path.write_text(path.read_text().replace("device: cpu", "device: cuda"))
+    resumed = train.train_flow(finished[0], out, resume=True, progress=False)
+    assert not same_weights(resumed, finished[2])
+    assert kill_resume.metrics(out)[-1]["loss"] == pytest.approx(kill_resume.metrics(finished[1])[-1]["loss"], abs=0.1)
+    assert "device: cpu" in path.read_text()

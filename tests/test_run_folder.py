@@ -176,7 +176,14 @@ def test_a_grid_leaves_nothing_prepared_in_the_model(images, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "model", "run", "reason"),
     [
-        (flow_config, {"in_channels": 4}, {}, r"run\.sample_every: expected None, or images of 1 or 3 channels"),
+        (flow_config, {"in_channels": 4}, {}, r"run\.sample_vae: expected with run\.sample_every 5 the autoencoder"),
+        (
+            flow_config,
+            {},
+            {"sample_vae": "models/vae"},
+            r"run\.sample_vae: expected None with images \(model\.in_chann",
+        ),
+        (flow_config, {"in_channels": 4}, {"sample_vae": ""}, "sample_vae: expected an autoencoder's folder or name"),
         (inverse_config, {}, {"sample_guidance": 3.0}, r"sample_guidance: expected at most model\.max_guidance 2"),
         (flow_config, {"num_classes": 0}, {"sample_guidance": 1.0}, "sample_guidance: expected 0 without classes"),
         (flow_config, {}, {"sample_every": 0}, "sample_every: expected a finite number of at least 1"),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from biflow import cli, evaluate
 from biflow.data import DataConfig, load
-from biflow.data.adm import NpzImages, to_bytes, write_adm
+from biflow.data.adm import NpzImages, to_bytes, write_adm, write_floats
 from biflow.evaluate import sets
 from biflow.evaluate.moments import BLOCK
 
@@ -190,6 +190,9 @@ def test_adm_npz_opens_in_plain_numpy_and_is_data(tmp_path):
         batches = list(NpzImages(tmp_path / "s.npz").batches(size))
         assert [len(batch) for batch in batches][:-1] == [size] * (len(batches) - 1)
         assert torch.equal(torch.cat(batches), pixels)
+        share = list(NpzImages(tmp_path / "s.npz").batches(size, range(2, 10)))
+        assert torch.equal(torch.cat(share), pixels[2:10])
+        assert list(NpzImages(tmp_path / "s.npz").batches(size, range(11, 11))) == []
 
 
 def test_pixels_go_to_the_bins_that_they_lie_in():
@@ -202,18 +205,19 @@ def test_pixels_go_to_the_bins_that_they_lie_in():
         to_bytes(torch.zeros(1, 4, 2, 2))
 
 
-def test_writing_holds_a_batch_and_leaves_no_file_of_fewer_images(tmp_path):
+@pytest.mark.parametrize(("write", "size"), [(write_adm, 1), (write_floats, 4)])
+def test_writing_holds_a_batch_and_leaves_no_file_of_fewer_images(tmp_path, write, size):
     def batches(count):
         for _ in range(count):
             yield torch.zeros(8, 3, 64, 64)
 
     tracemalloc.start()
-    write_adm(tmp_path / "s.npz", batches(100), 800)
+    write(tmp_path / "s.npz", batches(100), 800)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (tmp_path / "s.npz").stat().st_size > 800 * 3 * 64 * 64 > 10 * peak  # of what is not torch's
+    assert (tmp_path / "s.npz").stat().st_size > 800 * 3 * 64 * 64 * size > 10 * peak  # of what is not torch's
     with pytest.raises(ValueError, match="expected 17 images, got 16"):
-        write_adm(tmp_path / "short.npz", batches(2), 17)
+        write(tmp_path / "short.npz", batches(2), 17)
     assert [p.name for p in tmp_path.iterdir()] == ["s.npz"]
 
 
@@ -330,6 +334,23 @@ def test_folders_are_scored_as_their_images(networks, tmp_path, capsys):
     assert run(capsys, tmp_path / "images", "img_size=8", "--reference", other)["samples"]["corrupt"] == 1
 
 
+def test_a_share_of_a_folder_is_that_of_all_and_reads_no_other_image(tmp_path):
+    (tmp_path / "images").mkdir()
+    for k, array in enumerate(np.load(samples(tmp_path / "own.npz"))["arr_0"][:20]):
+        Image.fromarray(array).save(tmp_path / "images" / f"{k:03}.png")
+    config = DataConfig(source=str(tmp_path / "images"), img_size=8)
+    whole = torch.cat(list(evaluate.ImageSet.of(config).batches(7)))
+    (tmp_path / "images" / "000.png").write_bytes(b"broken")
+    found = []
+    for rows in (range(10), range(10, 20)):
+        images = evaluate.ImageSet.of(config)
+        parts = torch.cat(list(images.batches(3, rows)))
+        found.append(list(images.corrupt()))
+        same = (parts == whole[rows.start : rows.stop]).flatten(1).all(1)
+        assert same.sum() == 10 - len(found[-1])
+    assert sorted(found) == [[], ["000.png"]]
+
+
 def test_statistics_of_ranks_merge(tmp_path):
     images = next(NpzImages(samples(tmp_path / "own.npz")).batches(99))
     whole = evaluate.measure([images], [toy])
@@ -379,14 +400,13 @@ def test_what_cannot_be_scored(networks, tmp_path, capsys, line, message):
     assert message in capsys.readouterr().err
 
 
-def test_sample_writes_what_score_reads(networks, tmp_path, capsys, monkeypatch):
+def test_sample_writes_what_score_reads(networks, tmp_path, capsys):
     from tiny import make_flow
 
     from biflow import checkpoint
 
-    monkeypatch.setattr(cli.sampling, "BATCH", 4)
     checkpoint.save(make_flow(num_classes=3), tmp_path / "flow.safetensors")
-    line = ["sample", str(tmp_path / "flow.safetensors"), "--n", "10", "--seed", "3", "--out"]
+    line = ["sample", str(tmp_path / "flow.safetensors"), "--n", "10", "--batch", "4", "--seed", "3", "--out"]
     assert cli.main([*line, str(tmp_path / "adm.npz"), "--format", "adm"]) == 0
     assert cli.main([*line, str(tmp_path / "float.npz")]) == 0
     adm, plain = np.load(tmp_path / "adm.npz"), np.load(tmp_path / "float.npz")

@@ -102,6 +102,26 @@ def test_a_run_does_not_go_on_with_other_images(finished, tmp_path):
         train.train_flow(config, tmp_path / "run", resume=True, progress=False)
 
 
+def test_images_class_map_and_list_may_move(tmp_path):
+    """All that a run reads, to the disk of another job."""
+
+    def at(place):
+        names = {"exclude": str(tmp_path / place / "out.txt"), "classes": str(tmp_path / place / "classes.txt")}
+        return configured(tmp_path / place / "set", steps=6, every=2, **names)
+
+    write(tmp_path / "here" / "set")
+    (tmp_path / "here" / "out.txt").write_text("class0/000004.png\nclass1/000017.png\n")
+    (tmp_path / "here" / "classes.txt").write_text("class1\nclass0\n")
+    calm = train.train_flow(at("here"), tmp_path / "run", progress=False)
+    out = interrupted(tmp_path / "run", tmp_path, 2)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert same_weights(train.train_flow(at("there"), out, resume=True, progress=False), calm)
+    assert kill_resume.metrics(out) == kill_resume.metrics(tmp_path / "run")
+    (tmp_path / "there" / "classes.txt").write_text("class0\nclass1\n")
+    with pytest.raises(ValueError, match=r"expected the images of .* that the run began with, got others"):
+        train.train_flow(at("there"), out, resume=True, progress=False)
+
+
 def test_cached_features_of_encoded_images_change_no_bit(finished, tmp_path):
     """With flips, corrupt images and workers; another folder, or a file that has changed, has another cache."""
     path, folder = tmp_path / "set", tmp_path / "features"
@@ -113,10 +133,10 @@ def test_cached_features_of_encoded_images_change_no_bit(finished, tmp_path):
         found = train.train_flow(config, tmp_path / f"cached{workers}", progress=False)
         assert same_weights(found, want)
         assert kill_resume.metrics(tmp_path / f"cached{workers}")[-1] == kill_resume.metrics(tmp_path / "plain")[-1]
-    assert len(list(folder.iterdir())) == 1
+    assert len(list(folder.iterdir())) == 2  # as they are, and mirrored
     (path / "class0" / "000000.png").write_bytes((path / "class0" / "000002.png").read_bytes())
     train.train_flow(config, tmp_path / "changed", progress=False)
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 4
     with pytest.raises(ValueError, match=r"cache_features: expected false with data\.crop 'random', since every step"):
         changed(config, "data", crop="random")
 

@@ -4,14 +4,15 @@
 
 Parts: build; what is wrong: conformance (what the emulator stands for), tests (pytest -m gpu); what decides: limits
 (copy, GEMM), machine (barriers, weight reads), decode (the exact inverse); models (the learned inverse, the density),
-kernels; memcheck and racecheck (small cases); compiled (what torch.compile makes of models and kernels). Within a part,
-too, what decides comes first. Each runs in a process of its own; one that fails or takes too long is named in the
-table, keeps the rows it has, and the next goes on; so does a measuring part after a row that hangs. What one does not
-take of its time is that of the measuring parts after it, and of the last part: with --only there is more. Everything
-goes to FOLDER/<device>.json (default: benchmarks/results), after every part; what decides and what failed is printed at
-the end. A run of some parts keeps what the file holds of the others. --commit: where there is no git. --dry-run: on the
-CPU, with tiny shapes: shows that the parts run; writes to FOLDER or nowhere. The exit status is 1 if a part failed or
-found no time, not if it was skipped because its tool is not there; without a GPU it is 2.
+kernels, training (a step of both stages); memcheck and racecheck (small cases); compiled (what torch.compile makes of
+models, kernels and a training step). Within a part, too, what decides comes first. Each runs in a process of its own;
+one that fails or takes too long is named in the table, keeps the rows it has, and the next goes on; so does a measuring
+part after a row that hangs. What one does not take of its time is that of the measuring parts after it, and of the last
+part: with --only there is more. Everything goes to FOLDER/<device>.json (default: benchmarks/results), after every
+part; what decides and what failed is printed at the end. A run of some parts keeps what the file holds of the others.
+--commit: where there is no git. --dry-run: on the CPU, with tiny shapes: shows that the parts run; writes to FOLDER or
+nowhere. The exit status is 1 if a part failed or found no time, not if it was skipped because its tool is not there;
+without a GPU it is 2.
 """
 
 import argparse
@@ -97,6 +98,7 @@ def parts(work: Path, peer: str | None, dry: bool) -> list[Part]:
         Part("decode", 150, ((*measure, "decode", *peers),)),
         Part("models", 60, ((*measure, "models", *peers),)),
         Part("kernels", 50, ((*measure, "kernels"),)),
+        Part("training", 40, ((*measure, "training", *peers),)),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         Part("compiled", 60, ((*measure, "compiled"),)),

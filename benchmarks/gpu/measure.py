@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import decode, kernels, limits, models
+from . import decode, kernels, limits, models, training
 from .timing import Timer, reason
 from .tools import AGAIN, json_lines
 
@@ -79,7 +79,7 @@ def _watched(run: Callable[[], object], seconds: float, give_up: Callable[[], No
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("limits", "decode", "models", "kernels", "compiled"))
+    parser.add_argument("part", choices=("limits", "decode", "models", "kernels", "training", "compiled"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--until", type=float, default=math.inf)
     parser.add_argument("--peer-ml-tarflow")
@@ -100,8 +100,10 @@ def main() -> int:
         cases = kernels.cases(timer, found, dry)
     elif args.part == "models":
         cases = models.cases(timer, found, dry, args.peer_ml_tarflow)
+    elif args.part == "training":
+        cases = training.cases(timer, found, dry, args.peer_ml_tarflow)
     elif args.part == "compiled":
-        cases = itertools.chain(models.compiled(timer, found, dry), kernels.compiled(timer, found, dry))
+        cases = itertools.chain(*(part.compiled(timer, found, dry) for part in (models, kernels, training)))
     else:
         cases = None
     if cases is not None:

@@ -18,6 +18,7 @@ from benchmarks.peers.ml_tarflow import load_model
 from benchmarks.peers.plain import PlainDensity, PlainReverse
 from biflow.models import BiFlow, BiFlowConfig, TarFlow
 from biflow.models.layers import Norm
+from biflow.train import flops
 
 from .limits import Case, bound, share
 from .parity import error
@@ -47,14 +48,6 @@ def randomize(model: nn.Module) -> None:
             norm.weight += 1
 
 
-def linear_flops(model: nn.Module, tokens: int) -> float:
-    """2 FLOPs a weight and token of all linear maps, and attention's 4 T^2 C a layer."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    layers = sum(hasattr(m, "qkv") for m in model.modules())
-    width = model.config.width
-    return 2 * tokens * sum(m.weight.numel() for m in linears) + 4 * tokens**2 * width * layers
-
-
 def cases(timer: Timer, limits: list[dict], dry: bool, ml_tarflow: str | None) -> Iterator[Case]:
     every = [(Reverse(timer, limits, dry), REVERSE_BATCHES)]
     every += [(Density(timer, limits, dry, name, ml_tarflow), batches) for name, batches in DENSITY_BATCHES.items()]
@@ -74,6 +67,7 @@ class Passes:
     """The rows of one model: `ours(*inputs)` against `plain(dtype)(*inputs)`, checks and launches included."""
 
     item: str
+    flops: int  # of an image
 
     def __init__(self, timer: Timer, limits: list[dict], dry: bool):
         self.timer, self.limits, self.dry = timer, limits, dry
@@ -142,7 +136,7 @@ class Passes:
 
     def _row(self, times: Times, batch: int) -> dict:
         """The limit: the products at the GEMM's rate, or the bf16 weights at the copy's."""
-        flops = batch * linear_flops(self.model, self.length)
+        flops = batch * self.flops
         weights = 2 * sum(p.numel() for p in self.model.parameters())
         limit = bound(self.limits, {"bf16 GEMM": flops, "copy": weights})
         return times.row(lambda seconds: {"ms_image": seconds / batch * 1e3} | share(seconds, limit))
@@ -164,9 +158,8 @@ class Reverse(Passes):
         return PlainReverse(self.model, dtype).to(self.timer.device)
 
     @property
-    def length(self) -> int:
-        c = self.model.config
-        return c.tokens + c.class_tokens + c.guidance_tokens
+    def flops(self) -> int:
+        return flops.inverse(self.model.config, states=False)
 
     def inputs(self, batch: int) -> tuple[Tensor, ...]:
         c, device = self.model.config, self.timer.device
@@ -195,8 +188,8 @@ class Density(Passes):
         return PlainDensity(self.model, dtype).to(self.timer.device)
 
     @property
-    def length(self) -> int:
-        return self.model.config.tokens
+    def flops(self) -> int:
+        return flops.flow(self.model.config)
 
     def inputs(self, batch: int) -> tuple[Tensor, ...]:
         c, device = self.model.config, self.timer.device

@@ -35,7 +35,7 @@ NEWER_OF = {
     ),
     "run": (
         "wandb", "peak_flops", "compile", "activation_checkpointing", "sample_every", "sample_images",
-        "sample_guidance",
+        "sample_guidance", "sample_vae",
     ),
 }  # fmt: skip
 

@@ -18,6 +18,8 @@ from biflow.cli.common import HELP_OPTIONS, Interrupted, guarded, version
 # what biflow raises for input that it cannot take; any other exception is a failure at run time
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
+SHARED = ("train", "distill", "sample", "evaluate", "score", "latents encode")  # several processes do these together
+
 app = typer.Typer(
     name="biflow",
     help="Train transformer normalizing flows, invert them exactly, and sample in one pass.",
@@ -48,12 +50,13 @@ for name, function, epilog in (
     *editing.COMMANDS,
     *tools.COMMANDS,
 ):
-    app.command(name, epilog=epilog, context_settings=HELP_OPTIONS)(guarded(function))
+    app.command(name, epilog=epilog, context_settings=HELP_OPTIONS)(guarded(function, name, name in SHARED))
 
 for of, about, commands in (("data", "Data sets.", data.COMMANDS), ("latents", "Latents.", latents.COMMANDS)):
     group = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None, context_settings=HELP_OPTIONS)
     for name, function, epilog in commands:
-        group.command(name, epilog=epilog, context_settings=HELP_OPTIONS)(guarded(function))
+        whole = f"{of} {name}"
+        group.command(name, epilog=epilog, context_settings=HELP_OPTIONS)(guarded(function, whole, whole in SHARED))
     app.add_typer(group, name=of)
 
 

@@ -30,17 +30,33 @@ class Interrupted(Exception):
     """Ctrl-C, with what the interrupted job says about it."""
 
 
-def guarded(command: Callable) -> Callable:
-    """`command` with KeyboardInterrupt as `Interrupted`, which typer passes on with its message."""
+def guarded(command: Callable, name: str, shared: bool) -> Callable:
+    """`command` with KeyboardInterrupt as `Interrupted`, which typer passes on with its message.
+
+    shared: several processes can run it together. ValueError for another one in a job of several.
+    """
 
     @functools.wraps(command)
     def run(*args, **kwargs):
         try:
+            if not shared:
+                _check_alone(name)
             return command(*args, **kwargs)
         except KeyboardInterrupt as error:
             raise Interrupted(str(error)) from error
 
     return run
+
+
+def _check_alone(name: str) -> None:
+    from biflow import distributed
+
+    processes = distributed.join()
+    if processes.count > 1:
+        distributed.leave()
+        raise ValueError(
+            f"{name}: expected one process, got {processes.count} (torchrun): this command does not share its work"
+        )
 
 
 def examples(*lines: str) -> str:
@@ -86,10 +102,11 @@ def load_model(checkpoint: str, kind: str | None = None, device: str = "cpu") ->
     return model
 
 
-def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConfig":
+def data_config(source: str | None, checkpoint: str, img_size: int, *, quiet: bool = False) -> "DataConfig":
     """The data that the user named, or else the data of the run that the checkpoint lies in.
 
-    Of a source that the run was trained on, the run's own split, so that nothing it has seen counts as held out.
+    Of a source that the run was trained on, the run's own split, so that nothing it has seen counts as held out;
+    of another one stderr says, unless `quiet`, that this is not known.
     """
     from biflow.data import DataConfig, is_encoded, kind_of
 
@@ -102,11 +119,12 @@ def data_config(source: str | None, checkpoint: str, img_size: int) -> "DataConf
         return own
     if own is not None and _same_source(own.source, source):
         return own
-    typer.echo(
-        f"biflow: {checkpoint}: no run folder says that it was trained on {source}; images are held out by the default "
-        "split, and may include some that it was trained on",
-        err=True,
-    )
+    if not quiet:
+        typer.echo(
+            f"biflow: {checkpoint}: no run folder says that it was trained on {source}; images are held out by the "
+            "default split, and may include some that it was trained on",
+            err=True,
+        )
     more = {"img_size": img_size} if is_encoded(source) else {}
     if own is not None and kind_of(source) == "latents":
         more = {"normalize_latents": own.normalize_latents, "posterior": own.posterior}
@@ -170,20 +188,6 @@ def give_report(report: dict, path: Path | None) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text + "\n")
     typer.echo(str(path))
-
-
-def write_npz(images: "Tensor", y: "Tensor | None", path: Path) -> None:
-    """Images (N,C,H,W), pixels clamped to [-1, 1], and labels (N,) as a file that --data and data.source read."""
-    import numpy as np
-
-    from biflow.data import in_range
-    from biflow.files import replacing
-
-    arrays = {"images": in_range(images).permute(0, 2, 3, 1).numpy()}
-    if y is not None:
-        arrays["labels"] = y.numpy()
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
 
 
 def _run_data(checkpoint: str) -> "DataConfig | None":

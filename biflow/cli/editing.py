@@ -17,7 +17,6 @@ from biflow.cli.common import (
     own_data,
     pick_images,
     picture_file,
-    write_npz,
 )
 
 if TYPE_CHECKING:
@@ -399,10 +398,11 @@ def _warn_of_bad(images: "Tensor") -> None:
 
 def _write(rows: "dict[str, Tensor]", images: "Tensor", y: "Tensor | None", path: Path, limit: int = COLUMNS) -> None:
     """A .png of the rows, the first `limit` of each, or a .npz of images and labels."""
+    from biflow.data.adm import write_floats
     from biflow.evaluate import plots
 
     if path.suffix == ".npz":
-        write_npz(images, y, path)
+        write_floats(path, [images], len(images), y)
     else:
         plots.save_grid([row[:limit] for row in rows.values()], path, labels=list(rows))
 

@@ -38,18 +38,22 @@ def encode(
 
     The folder holds mean and standard deviation of each image's posterior, and of its mirrored image's: train with
     data.source=FOLDER. After an interruption the same command goes on. The next image of the class stands in for a
-    corrupt one.
+    corrupt one. Under torchrun the processes share the files.
     """
+    from biflow import distributed
     from biflow.config import apply_overrides, from_mapping
     from biflow.data import DataConfig
     from biflow.latents import EncodingConfig, encode_images
     from biflow.ops._checks import local_device
 
-    local_device(device)
+    where = local_device(device)
     config = EncodingConfig(batch, shard, not no_mirrored, dtype, precision, device)
     values = {"source": source, "workers": workers} | ({} if img_size is None else {"img_size": img_size})
     data = from_mapping(DataConfig, apply_overrides(values, settings or []), "data")
-    typer.echo(json.dumps(encode_images(data, vae, out, config, progress=not quiet), indent=2, allow_nan=False))
+    with distributed.joined(where) as processes:
+        report = encode_images(data, vae, out, config, progress=not quiet)
+    if processes.main:
+        typer.echo(json.dumps(report, indent=2, allow_nan=False))
 
 
 COMMANDS = (

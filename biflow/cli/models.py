@@ -98,22 +98,17 @@ def evaluate(
 
     Bits per dim, round-trip error, class agreement and Frechet distance by a small classifier that is trained on the
     real images first, pixel statistics, and for an inverse its reconstruction error and distance to the exact output.
+    Under torchrun the processes share images and samples.
     """
     from biflow import data as datasets
+    from biflow import distributed
     from biflow import evaluate as metrics
     from biflow.models import BiFlow
+    from biflow.ops._checks import local_device
 
     path = None if out is None else Path(out).expanduser()
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--out: expected an existing folder, got {path.parent}")
-    model = load_model(checkpoint, device=device)
-    learned = isinstance(model, BiFlow)
-    if learned != (flow is not None):
-        what = "a learned inverse, which is measured next to its flow" if learned else "a flow"
-        raise ValueError(f"--flow: expected {'with' if learned else 'only with a learned inverse, not with'} {what}")
-    if timings and not learned:
-        raise ValueError("--timings: expected with a learned inverse, whose speed is compared with its flow's")
-    forward = load_model(flow, "TarFlow", device=device) if learned else model
     config = metrics.EvaluationConfig(
         samples=samples,
         guidances=tuple(guidance or metrics.EvaluationConfig.guidances),
@@ -121,18 +116,32 @@ def evaluate(
         seed=seed,
         denoise=not no_denoise,
     )
-    loaded = datasets.load(data_config(data, checkpoint, model.config.img_size))
-    metrics.check_data(model, loaded)
-    if learned:
-        metrics.check_pair(model, forward)
-    real = metrics.RealData.of(loaded, config)
-    report = {"data": metrics.describe_data(real), "exact": metrics.evaluate_flow(forward, real, config)}
-    if learned:
-        report["learned"] = metrics.evaluate_inverse(model, forward, real, config)
-    if timings:
-        strength = min(1.0, model.config.max_guidance or 1.0)
-        report["timings"] = metrics.time_decoders(model, forward, guidance=strength)
-    give_report(report, path)
+    with distributed.joined(local_device(device)) as processes:
+        model = load_model(checkpoint, device=device)
+        learned = isinstance(model, BiFlow)
+        if learned != (flow is not None):
+            what = "a learned inverse, which is measured next to its flow" if learned else "a flow"
+            raise ValueError(
+                f"--flow: expected {'with' if learned else 'only with a learned inverse, not with'} {what}"
+            )
+        if timings and not learned:
+            raise ValueError("--timings: expected with a learned inverse, whose speed is compared with its flow's")
+        forward = load_model(flow, "TarFlow", device=device) if learned else model
+        own = data_config(data, checkpoint, model.config.img_size, quiet=not processes.main)
+        with processes.main_first():
+            loaded = datasets.load(own)
+        metrics.check_data(model, loaded)
+        if learned:
+            metrics.check_pair(model, forward)
+        real = metrics.RealData.of(loaded, config, processes)
+        report = {"data": metrics.describe_data(real), "exact": metrics.evaluate_flow(forward, real, config)}
+        if learned:
+            report["learned"] = metrics.evaluate_inverse(model, forward, real, config)
+        if timings and processes.main:
+            strength = min(1.0, model.config.max_guidance or 1.0)
+            report["timings"] = metrics.time_decoders(model, forward, guidance=strength)
+    if processes.main:
+        give_report(report, path)
 
 
 def info(

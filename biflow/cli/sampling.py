@@ -1,5 +1,6 @@
 """`biflow sample`: images from noise, by the exact inverse of a flow or by a learned one."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,6 @@ from biflow.cli.common import (
     load_model,
     model_file,
     picture_file,
-    write_npz,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from biflow.models import BiFlow, TarFlow
     from biflow.solvers import DecodeInfo
 
-BATCH = 256  # images drawn at once: memory does not grow with --n
+DRAWN = 16  # torch draws normal numbers by so many: parts of a multiple of it hold those of the whole
 
 
 def sample(
@@ -71,6 +71,9 @@ def sample(
         bool, typer.Option("--certify", help="Exact flow: print how exact the decode was; costs one encode.")
     ] = False,
     precision: Annotated[str, typer.Option("--precision", help="Of the decode: fp32 or bf16.")] = "fp32",
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Images a process draws at once; changes them by rounding alone.")
+    ] = 256,
     arrays: Annotated[
         str, typer.Option("--format", metavar="float|adm", help="Of a .npz; adm: for evaluators, as ADM writes it.")
     ] = "float",
@@ -86,14 +89,15 @@ def sample(
     """Draw images from a flow (exact) or from a learned inverse (one pass).
 
     A .npz holds images (N,H,W,C) fp32 in [-1, 1] (or latents, as the model has them) and labels (N,) int64; with
-    --format adm, and always with --vae, arr_0 (N,H,W,3) uint8, gray repeated, and arr_1 (N,) int64 labels, written
-    batch by batch. --data and data.source read both.
-    A seed draws the same noise for every device, and under torchrun for any number of processes, which share the work.
+    --format adm, and always with --vae, arr_0 (N,H,W,3) uint8, gray repeated, and arr_1 (N,) int64 labels. Either is
+    written batch by batch; a .png is held in memory. --data and data.source read both.
+    A seed draws the same noise for every device and --batch, and under torchrun for any number of processes, which
+    share the work. Of another --batch images differ by rounding, and by --tol where a solver iterates.
     """
     import torch
 
     from biflow import distributed
-    from biflow.data.adm import write_adm
+    from biflow.data.adm import write_adm, write_floats
     from biflow.models import TarFlow
     from biflow.ops._checks import check_choice, local_device
 
@@ -106,6 +110,12 @@ def sample(
     decoder = None if vae is None else _decoder(checkpoint, vae, device, vae_batch, vae_tile, precision)
     if decoder is None:
         check_picture(path, model.config.in_channels, "or --vae with the autoencoder, or ")
+    numbers = model.config.tokens * model.config.channels
+    if n > batch and batch * numbers % DRAWN:
+        raise ValueError(
+            f"--batch: expected a multiple of {DRAWN // math.gcd(numbers, DRAWN)}, so that images of {numbers} numbers "
+            f"are the same in all batches, got {batch}"
+        )
     y = _labels(model, label, n)
     if guidance is None:
         limit = getattr(model.config, "max_guidance", 0.0) or 1.0
@@ -136,7 +146,7 @@ def sample(
         """What all processes draw in a round, on the main one; the others have to go along."""
         nonlocal bad
         with model.frozen():
-            for rows in _rounds(processes, n, model, options["generator"]):
+            for rows in _rounds(processes, n, batch, model, options["generator"]):
                 images = torch.empty(0)
                 if rows:
                     labels = None if y is None else y[rows.start : rows.stop].to(where)
@@ -152,10 +162,11 @@ def sample(
     if not processes.main:
         for _ in rounds():
             pass
-    elif path.suffix == ".npz" and (arrays == "adm" or decoder is not None):
-        write_adm(path, rounds(), n, y)
+    elif path.suffix == ".npz":
+        write = write_adm if arrays == "adm" or decoder is not None else write_floats
+        write(path, rounds(), n, y)
     else:
-        _write(torch.cat([x if decoder is None else x.float() / 127.5 - 1 for x in rounds()]), y, path)
+        _save_grid(torch.cat([x if decoder is None else x.float() / 127.5 - 1 for x in rounds()]), y, path)
     bad, infos = int(processes.sum(torch.tensor(bad))), processes.gather(infos)
     distributed.leave()
     if not processes.main:
@@ -186,18 +197,21 @@ def _labels(model: "TarFlow | BiFlow", label: str, n: int) -> "Tensor | None":
     return torch.full((n,), int(label))
 
 
-def _rounds(processes: "Processes", n: int, model: "TarFlow | BiFlow", generator: "Generator") -> "Iterator[range]":
+def _rounds(
+    processes: "Processes", n: int, batch: int, model: "TarFlow | BiFlow", generator: "Generator"
+) -> "Iterator[range]":
     """The rows that this process draws in each round; a round is a batch of each process, by rank.
 
-    Empty where the last round has fewer batches. The noise of the others' batches is drawn and thrown away: sample i is
-    the same for any number of processes.
+    Empty where the last round has fewer batches. The noise of the others' batches is drawn and thrown away: the batches
+    are the same for any number of processes, and with them all bits of sample i. Another size of them leaves its noise;
+    what kernels round, when a batch's iterations end and which solver "auto" takes depend on the size.
     """
     import torch
 
-    for first in range(0, n, BATCH * processes.count):
+    for first in range(0, n, batch * processes.count):
         for rank in range(processes.count):
-            start = min(first + BATCH * rank, n)
-            rows = range(start, min(start + BATCH, n))
+            start = min(first + batch * rank, n)
+            rows = range(start, min(start + batch, n))
             if rank == processes.rank:
                 yield rows
             else:
@@ -259,12 +273,10 @@ def _certificate(infos: list["DecodeInfo"]) -> list[str]:
     return lines
 
 
-def _write(images: "Tensor", y: "Tensor | None", path: Path) -> None:
+def _save_grid(images: "Tensor", y: "Tensor | None", path: Path) -> None:
     from biflow.evaluate import plots
 
-    if path.suffix == ".npz":
-        write_npz(images, y, path)
-    elif y is not None and len(y.unique()) > 1:
+    if y is not None and len(y.unique()) > 1:
         classes = y.unique().tolist()
         plots.save_grid([images[y == k] for k in classes], path, labels=[f"class {k}" for k in classes])
     else:

@@ -44,9 +44,10 @@ def score(
     """FID, sFID, Inception Score, precision and recall of samples, and the Frechet distance on DINOv2, as JSON.
 
     By Inception-v3 as torch-fidelity has it, with the definitions of ADM's evaluator; docs/evaluation.md says what each
-    number is. Without --reference only the Inception Score and what --save-statistics keeps.
+    number is. Without --reference only the Inception Score and what --save-statistics keeps. Under torchrun each
+    process reads and measures a share of the images.
     """
-    from biflow import evaluate
+    from biflow import distributed, evaluate
     from biflow.config import apply_overrides, from_mapping
     from biflow.data import DataConfig, is_encoded
     from biflow.ops._checks import local_device
@@ -72,22 +73,26 @@ def score(
         values = settings if settings and is_encoded(source) else []
         return from_mapping(DataConfig, apply_overrides({"source": source}, values), "data")
 
-    sets = [evaluate.ImageSet.of(config(source)) for source in sources]
-    where = local_device(device)
-    networks: list[evaluate.Network] = []
-    for choice, kind in ((inception, evaluate.Inception), (dinov2, evaluate.DINOv2)):
-        if choice != "none":
-            networks.append(kind(None if choice == "cached" else choice, where))
-    options = {"batch_size": batch_size, "progress": not quiet}
-    other = None if reference is None else evaluate.measure_reference(sets[1], networks, **options)
-    found = evaluate.measure_set(sets[0], networks, **options)
-    report: dict = {"samples": {"source": samples, "images": sets[0].count, "corrupt": sets[0].corrupt()}}
+    with distributed.joined(local_device(device)) as processes:
+        networks: list[evaluate.Network] = []
+        with processes.main_first():  # the index of shards is made once, weights are downloaded once
+            sets = [evaluate.ImageSet.of(config(source)) for source in sources]
+            for choice, kind in ((inception, evaluate.Inception), (dinov2, evaluate.DINOv2)):
+                if choice != "none":
+                    networks.append(kind(None if choice == "cached" else choice, processes.device))
+        options = {"batch_size": batch_size, "progress": not quiet, "processes": processes}
+        other = None if reference is None else evaluate.measure_reference(sets[1], networks, **options)
+        found = evaluate.measure_set(sets[0], networks, **options)
+        corrupt = [len(set(processes.gather(list(one.corrupt())))) for one in sets]
+    if not processes.main:
+        return
+    report: dict = {"samples": {"source": samples, "images": sets[0].count, "corrupt": corrupt[0]}}
     if other is not None:
         counts = {name: moments.count for name, moments in other.moments.items()}
         pool = None if other.pool is None else len(other.pool)
         report["reference"] = {"source": reference, "images": counts, "precision_recall_images": pool}
-        report["reference"]["corrupt"] = sets[1].corrupt()
-    report |= evaluate.score(found, other, where)
+        report["reference"]["corrupt"] = corrupt[1]
+    report |= evaluate.score(found, other, processes.device)
     if kept is not None:
         found.save(kept)
     give_report(report, path)

@@ -1,8 +1,10 @@
-"""Images as ADM (openai/guided-diffusion) stores them: a .npz with arr_0 (N,H,W,3) uint8 and arr_1 (N,) int64 labels.
+"""Images as ADM (openai/guided-diffusion) stores them: a .npz with arr_0 (N,H,W,3) uint8 and arr_1 (N,) int64 labels;
+and in floating point.
 
 Large ones are written and read in batches, since the arrays of a .npz lie one after the other.
 """
 
+import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,14 +41,27 @@ def write_adm(path: str | Path, batches: Iterable[Tensor], count: int, labels: T
     No more than a batch is held in memory; the file is there whole or not at all. ValueError: as `to_bytes`, or not
     `count` images of one size.
     """
+    _write((IMAGES, LABELS), path, map(to_bytes, batches), count, labels)
+
+
+def write_floats(path: str | Path, batches: Iterable[Tensor], count: int, labels: Tensor | None = None) -> None:
+    """As `write_adm`, but images (n,C,H,W) as fp32 `images` (N,H,W,C), pixels clamped to [-1, 1], and `labels`."""
+    _write(("images", "labels"), path, (in_range(batch.float()) for batch in batches), count, labels)
+
+
+def _write(
+    names: tuple[str, str], path: str | Path, batches: Iterable[Tensor], count: int, labels: Tensor | None
+) -> None:
+    """Batches (n,C,H,W) of one dtype to an array (N,H,W,C) and labels, by their names."""
     with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as file:
+        with archive.open(f"{names[0]}.npy", "w", force_zip64=True) as file:
             written, shape = 0, None
             for batch in batches:
-                pixels = to_bytes(batch).permute(0, 2, 3, 1).contiguous().numpy()
+                pixels = batch.permute(0, 2, 3, 1).contiguous().numpy()
                 if shape is None:
-                    shape = pixels.shape[1:]
-                    npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
+                    shape, dtype = pixels.shape[1:], npy.dtype_to_descr(pixels.dtype)
+                    header = {"descr": dtype, "fortran_order": False, "shape": (count, *shape)}
+                    npy.write_array_header_1_0(file, header)
                 if pixels.shape[1:] != shape:
                     raise ValueError(f"expected images of shape {shape} as the first, got {pixels.shape[1:]}")
                 file.write(pixels.data)
@@ -54,7 +69,7 @@ def write_adm(path: str | Path, batches: Iterable[Tensor], count: int, labels: T
         if written != count:
             raise ValueError(f"expected {count} images, got {written}")
         if labels is not None:
-            with archive.open(f"{LABELS}.npy", "w") as file:
+            with archive.open(f"{names[1]}.npy", "w") as file:
                 npy.write_array(file, labels.cpu().numpy().astype(np.int64), allow_pickle=False)
 
 
@@ -70,7 +85,7 @@ class NpzImages:
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(self.path) as archive:
                 self.keys = tuple(name.removesuffix(".npy") for name in archive.namelist())
                 self.key = next((key for key in KEYS if key in self.keys), None)
                 if self.key is None:
@@ -88,13 +103,19 @@ class NpzImages:
                 f"{dtype} {shape}"
             )
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """(n,3,H,W) uint8 in order, n = `size` but for the last. ValueError: values out of range, a file cut off."""
+    def batches(self, size: int, rows: range | None = None) -> Iterator[Tensor]:
+        """The images `rows`, consecutive ones (None: all), as (n,3,H,W) uint8 in order, n = `size` but for the last.
+
+        ValueError: values out of range, a file cut off.
+        """
+        rows = range(self.count) if rows is None else rows
         row = int(np.prod(self.shape)) * self.dtype.itemsize
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as file:
             _header(file)
-            for start in range(0, self.count, size):
-                n = min(size, self.count - start)
+            if rows.start:
+                file.seek(rows.start * row, os.SEEK_CUR)
+            for start in range(rows.start, rows.stop, size):
+                n = min(size, rows.stop - start)
                 data = file.read(n * row)
                 if len(data) != n * row:
                     raise ValueError(f"{self.path}: {self.key}: expected {self.count} images, got fewer")

@@ -168,7 +168,7 @@ class ImageData:
     channels, img_size: C, and H = W.
     levels, bin_width: number of pixel values and their distance in x; None for images stored as floats.
     fingerprint: SHA-256 (hex) over the names and labels of encoded images in their order, or over all latents; None for
-        arrays.
+        arrays, see `digest`.
     corrupt: which encoded images were found corrupt so far; None for arrays and latents.
     latents: what decodes latents, JSON values: img_size of the images, autoencoder (its config and SHA-256), shift and
         scale of z = x scale + shift, a number a channel; None for anything else.
@@ -187,6 +187,16 @@ class ImageData:
     fingerprint: str | None = None
     corrupt: "Corrupt | None" = None
     latents: dict | None = None
+
+    def digest(self) -> str:
+        """`fingerprint`, or of arrays the SHA-256 (hex) over all images and labels of both parts."""
+        if self.fingerprint is not None:
+            return self.fingerprint
+        total = hashlib.sha256()
+        for images, labels in ((self.train_x, self.train_y), (self.val_x, self.val_y)):
+            total.update(images.digest().encode())
+            total.update(b"" if labels is None else labels.numpy().tobytes())
+        return total.hexdigest()
 
 
 def split_indices(count: int, labels: Tensor | None, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

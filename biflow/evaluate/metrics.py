@@ -1,24 +1,29 @@
 """How good a flow and its learned inverse are: numbers on held-out data and on samples, all plain floats.
 
-Models may be on any device; data, noise and samples are on the CPU, and so is the classifier.
+Models may be on any device; data, noise and samples are on the CPU, and so is the classifier. Several processes share
+the work (`RealData.processes`): noise is drawn whole, each takes its rows, and the main one gathers what they found.
 """
 
 import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from biflow.config import check_fields, check_number
 from biflow.data import ImageData, in_range, spread
+from biflow.distributed import Processes
 from biflow.evaluate.bits import bounds
 from biflow.evaluate.classifier import FEATURES, Judge, train_judge
 from biflow.evaluate.frechet import frechet_distance
 from biflow.evaluate.precision_recall import precision_recall
+from biflow.evaluate.shares import ALONE, own_rows
 from biflow.models import BiFlow, TarFlow
+
+CERTIFIED = 50  # samples whose residual is looked at
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,10 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RealData:
-    """Clean real images of both splits, their labels (None: no labels), and the classifier trained on them."""
+    """Clean real images of both splits, their labels (None: no labels), and the classifier trained on them.
+
+    processes: who evaluate on it together. Each has all images; what is measured is returned by the main one.
+    """
 
     train_x: Tensor
     train_y: Tensor | None
@@ -68,10 +76,14 @@ class RealData:
     num_classes: int
     bin_width: float | None
     judge: Judge | None
+    processes: Processes = ALONE
 
     @classmethod
-    def of(cls, data: ImageData, config: EvaluationConfig) -> "RealData":
-        """Both splits of `data` as tensors; trains the classifier if there are labels. ValueError: nothing held out."""
+    def of(cls, data: ImageData, config: EvaluationConfig, processes: Processes = ALONE) -> "RealData":
+        """Both splits of `data` as tensors; if there are labels, the main process trains the classifier for all.
+
+        ValueError: nothing held out.
+        """
         if len(data.val_x) == 0:
             raise ValueError("data: expected held-out images to evaluate on, got none (val_fraction or a test split)")
         train, val = spread(len(data.train_x), config.train_images), spread(len(data.val_x), config.held_out_images)
@@ -80,15 +92,25 @@ class RealData:
         val_y = None if data.val_y is None else data.val_y[val]
         judge = None
         if train_y is not None and val_y is not None and data.num_classes > 1:
-            judge = train_judge(
-                train_x, train_y, val_x, val_y, data.num_classes, steps=config.judge_steps, seed=config.seed
-            )
-        return cls(train_x, train_y, val_x, val_y, data.num_classes, data.bin_width, judge)
+            if processes.main:
+                judge = train_judge(
+                    train_x, train_y, val_x, val_y, data.num_classes, steps=config.judge_steps, seed=config.seed
+                )
+            judge = processes.same(judge)
+        return cls(train_x, train_y, val_x, val_y, data.num_classes, data.bin_width, judge, processes)
 
     @cached_property
-    def train_features(self) -> Tensor:
-        """The classifier's features of the training images (N, F); for data with labels."""
-        return self.judge.features(self.train_x)
+    def train_features(self) -> Tensor | None:
+        """The classifier's features of the training images (N, F), None but on the main process; for data with labels.
+
+        All processes ask for them at the same time.
+        """
+        return self.processes.gather_rows(self.judge.features(self.share(self.train_x)))
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's."""
+        own = self.processes.split(len(rows))
+        return rows[own.start : own.stop]
 
     def dequantised(self, generator: torch.Generator) -> Tensor:
         """val_x + bin_width U(-1/2, 1/2); data without bins as it is."""
@@ -98,12 +120,14 @@ class RealData:
 
 
 def describe_data(real: RealData) -> dict:
-    """The real data and its classifier: what the samples' numbers are read against.
+    """The real data and its classifier: what the samples' numbers are read against; {} but on the main process.
 
     frechet_held_out, precision_held_out, recall_held_out: of the real held-out images in the samples' place, the level
         that so many real images reach (None: too few, or no labels). All three depend on the number of images.
     """
-    held_out = _feature_metrics(real, real.val_x)
+    held_out = _feature_metrics(real, real.share(real.val_x))
+    if not real.processes.main:
+        return {}
     return {
         "train_images": len(real.train_x),
         "held_out_images": len(real.val_x),
@@ -119,7 +143,7 @@ def describe_data(real: RealData) -> dict:
 def evaluate_likelihood(flow: TarFlow, real: RealData, config: EvaluationConfig) -> dict:
     """The density of the held-out images.
 
-    Returns:
+    Returns, on the main process ({} on the others):
         held_out_nats_per_dim: mean of -log p(x | y) / (T D) over the held-out images and `noise_draws` draws of
             x + bin_width U(-1/2, 1/2), labels given to a model with classes.
         held_out_bits_per_dim, ..._standard_error, ..._importance_weighted, ..._importance_weighted_standard_error: of
@@ -129,15 +153,14 @@ def evaluate_likelihood(flow: TarFlow, real: RealData, config: EvaluationConfig)
             bin width.
         noise_draws, noise_std: as configured.
     """
-    device, y = _device(flow), _labels(flow, real.val_y)
-    generator = torch.Generator().manual_seed(config.seed)
-    log_p = torch.empty(config.noise_draws, len(real.val_x), dtype=torch.float64)
-    for draw in range(config.noise_draws):
+    generator, draws = torch.Generator().manual_seed(config.seed), []
+    for _ in range(config.noise_draws):
         x = real.dequantised(generator)
-        for rows in _parts(len(x), config.batch_size):
-            with torch.no_grad():
-                part_y = None if y is None else y[rows].to(device)
-                log_p[draw, rows] = flow.log_prob(x[rows].to(device), part_y).double().cpu()
+        draws.append(own_rows(real.processes, len(x), config.batch_size, partial(_log_prob, flow, x, real.val_y)))
+    gathered = real.processes.gather_rows(torch.stack(draws, 1))
+    if gathered is None:
+        return {}
+    log_p = gathered.T.contiguous()
     dims = real.val_x[0].numel()
     return {
         **{f"held_out_bits_per_dim{name}": value for name, value in bounds(log_p, dims, real.bin_width).items()},
@@ -150,39 +173,40 @@ def evaluate_likelihood(flow: TarFlow, real: RealData, config: EvaluationConfig)
 def evaluate_flow(flow: TarFlow, real: RealData, config: EvaluationConfig) -> dict:
     """The forward model and its exact inverse.
 
-    Returns:
+    Returns, on the main process ({} on the others):
         what `evaluate_likelihood` returns.
         denoising: of the samples, "score" or "none".
         round_trip_max_error: max |decode(encode(x)) - x| over the dequantised held-out images, without guidance.
         sample_residual_max: largest certificate (`DecodeInfo.residual`) over decoded samples at the largest guidance.
         samples: a list with one entry per guidance, see `describe_samples`.
     """
-    device, y = _device(flow), _labels(flow, real.val_y)
-    x, error = real.dequantised(torch.Generator().manual_seed(config.seed)), 0.0
-    for rows in _parts(len(x), config.batch_size):
-        part, part_y = x[rows].to(device), None if y is None else y[rows].to(device)
-        with torch.no_grad():
-            back = flow.decode(flow.encode(part, part_y)[0], part_y)
-        error = max(error, float((back - part).abs().max()))
-    z, sample_y = noise(flow, config)
-    few_z, few_y = (None if t is None else t[:50].to(device) for t in (z, sample_y))
-    _, info = flow.decode(few_z, few_y, guidance=max(_usable(flow, config)), return_info=True)
+    processes = real.processes
+    x = real.dequantised(torch.Generator().manual_seed(config.seed))
+    errors = processes.gather_rows(
+        own_rows(processes, len(x), config.batch_size, partial(_round_trip, flow, x, real.val_y))
+    )
+    z, y = noise(flow, config)
+    few, strongest = min(len(z), CERTIFIED), max(_usable(flow, config))
+    residual = processes.gather_rows(own_rows(processes, few, few, partial(_residual, flow, z, y, strongest)))
+    found, samples = evaluate_likelihood(flow, real, config), []
+    for guidance in _usable(flow, config):
+        images = _decoded(partial(decode_exact, flow), z, y, guidance, real, config)
+        samples.append(describe_samples(images, None if y is None else real.share(y), real, guidance))
+    if not processes.main:
+        return {}
     return {
-        **evaluate_likelihood(flow, real, config),
+        **found,
         "denoising": denoising(flow, flow, config),
-        "round_trip_max_error": error,
-        "sample_residual_max": number(info.residual.max()),
-        "samples": [
-            describe_samples(decode_exact(flow, z, sample_y, guidance, config), sample_y, real, guidance)
-            for guidance in _usable(flow, config)
-        ],
+        "round_trip_max_error": number(errors.max()),
+        "sample_residual_max": number(residual.max()),
+        "samples": samples,
     }
 
 
 def evaluate_inverse(rev: BiFlow, flow: TarFlow, real: RealData, config: EvaluationConfig) -> dict:
     """The learned inverse, on the same z as `evaluate_flow`.
 
-    Returns:
+    Returns, on the main process ({} on the others):
         denoising: "learned", "score" (config.denoise: a step of the flow's score) or "none": how outputs become clean.
         reconstruction_mse: mean (rev(z) - x)^2 over held-out images x, z = flow.encode(x + noise) with the noise that
             the flow was trained with, labels given, no guidance, denoised as said.
@@ -191,38 +215,42 @@ def evaluate_inverse(rev: BiFlow, flow: TarFlow, real: RealData, config: Evaluat
             first `batch_size` samples.
     """
     check_pair(rev, flow)
-    device, y = _device(flow), real.val_y
-    generator = torch.Generator().manual_seed(config.seed + 1)
+    processes, generator = real.processes, torch.Generator().manual_seed(config.seed + 1)
     std = flow.config.noise_std
     noisy = (
         real.val_x + std * torch.randn(real.val_x.shape, generator=generator) if std else real.dequantised(generator)
     )
-    squares = []
-    for rows in _parts(len(real.val_x), config.batch_size):
-        clean, part_y = real.val_x[rows].to(device), None if y is None else y[rows].to(device)
-        with torch.no_grad():
-            z, _ = flow.encode(noisy[rows].to(device), _labels(flow, part_y) if rev.config.num_classes else None)
-        back = decode_learned(rev, flow, z, part_y, 0.0, config)
-        squares.append((back - clean).double().square().flatten(1).mean(1))
-    z, sample_y = noise(flow, config)
+    squares = processes.gather_rows(
+        own_rows(processes, len(noisy), config.batch_size, partial(_reconstruction, rev, flow, noisy, real, config))
+    )
+    z, y = noise(flow, config)
+    few = slice(0, config.batch_size)
+    first = z[few], None if y is None else y[few]
+    # of this process's share of all samples
+    own = max(0, min(len(z), config.batch_size) - processes.split(len(z)).start)
     samples = []
     for guidance in _usable(rev, config):
-        images = decode_learned(rev, flow, z, sample_y, guidance, config)
-        entry = describe_samples(images, sample_y, real, guidance)
-        few = slice(0, config.batch_size)
-        exact = decode_exact(flow, z[few], None if sample_y is None else sample_y[few], guidance, config)
-        ok = _finite_rows(exact)
-        entry["distance_to_exact"] = number((images[few][ok] - exact[ok]).double().square().mean().sqrt())
+        images = _decoded(partial(decode_learned, rev, flow), z, y, guidance, real, config)
+        entry = describe_samples(images, None if y is None else real.share(y), real, guidance)
+        learned = processes.gather_rows(images[:own])
+        exact = processes.gather_rows(_decoded(partial(decode_exact, flow), *first, guidance, real, config))
+        if exact is not None:
+            ok = _finite_rows(exact)
+            entry["distance_to_exact"] = number((learned[ok] - exact[ok]).double().square().mean().sqrt())
         samples.append(entry)
+    if not processes.main:
+        return {}
     return {
         "denoising": denoising(rev, flow, config),
-        "reconstruction_mse": float(torch.cat(squares).mean()),
+        "reconstruction_mse": float(squares.mean()),
         "samples": samples,
     }
 
 
 def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance: float) -> dict:
-    """Numbers of one set of samples (N,C,H,W) drawn for the classes y (N,).
+    """Numbers of one set of samples (N,C,H,W) drawn for the classes y (N,); {} but on the main process.
+
+    images, y: those of this process's share, of all samples by rank.
 
     non_finite: samples with NaN or infinite pixels; they agree with no class, the other numbers leave them out.
     frechet: `frechet_distance` between the classifier's features of samples and of real training images.
@@ -233,19 +261,22 @@ def describe_samples(images: Tensor, y: Tensor | None, real: RealData, guidance:
     unclamped_std_difference: the same of the samples as they came; all other numbers are of samples clamped to [-1, 1],
         as they are looked at and stored (latents are not clamped).
     """
-    count, ok = len(images), _finite_rows(images)
-    unclamped_std = _std(images[ok])
-    images = in_range(images[ok])
-    agreement = None
+    processes, ok = real.processes, _finite_rows(images)
+    count, right = sum(processes.gather([len(images)])), None
+    clamped = in_range(images[ok])
     if real.judge and y is not None:
-        agreement = float((real.judge.predict(images) == y[ok]).double().sum() / count)
+        right = processes.gather_rows(real.judge.predict(clamped) == y[ok])
+    features, unclamped = _feature_metrics(real, clamped), processes.gather_rows(images[ok])
+    if unclamped is None:
+        return {}
+    unclamped_std, images = _std(unclamped), in_range(unclamped)
     mean, std = _mean(images), _std(images)
     return {
         "guidance": guidance,
         "count": count,
         "non_finite": count - len(images),
-        "class_agreement": agreement,
-        **_feature_metrics(real, images),
+        "class_agreement": None if right is None else float(right.double().sum() / count),
+        **features,
         "pixel_mean": mean,
         "pixel_mean_difference": _relative(mean, _mean(real.train_x)),
         "pixel_std": std,
@@ -338,11 +369,55 @@ def _labels(model: TarFlow | BiFlow, y: Tensor | None) -> Tensor | None:
     return y if model.config.num_classes else None
 
 
+def _rows(rows: slice, device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[rows].to(device) for tensor in tensors]
+
+
+def _log_prob(flow: TarFlow, x: Tensor, y: Tensor | None, rows: slice) -> Tensor:
+    with torch.no_grad():
+        return flow.log_prob(*_rows(rows, _device(flow), x, _labels(flow, y))).double().cpu()
+
+
+def _round_trip(flow: TarFlow, x: Tensor, y: Tensor | None, rows: slice) -> Tensor:
+    """max |decode(encode(x)) - x| of each image (n,)."""
+    x, y = _rows(rows, _device(flow), x, _labels(flow, y))
+    with torch.no_grad():
+        back = flow.decode(flow.encode(x, y)[0], y)
+    return (back - x).abs().flatten(1).amax(1).cpu()
+
+
+def _residual(flow: TarFlow, z: Tensor, y: Tensor | None, guidance: float, rows: slice) -> Tensor:
+    _, info = flow.decode(*_rows(rows, _device(flow), z, y), guidance=guidance, return_info=True)
+    return info.residual.cpu()
+
+
+def _reconstruction(
+    rev: BiFlow, flow: TarFlow, noisy: Tensor, real: RealData, config: EvaluationConfig, rows: slice
+) -> Tensor:
+    """Mean squared error of each image (n,), fp64."""
+    x, clean, y = _rows(rows, _device(flow), noisy, real.val_x, real.val_y)
+    with torch.no_grad():
+        z, _ = flow.encode(x, _labels(flow, y) if rev.config.num_classes else None)
+    back = decode_learned(rev, flow, z, y, 0.0, config)
+    return (back - clean).double().square().flatten(1).mean(1).cpu()
+
+
+def _decoded(
+    decode: Callable, z: Tensor, y: Tensor | None, guidance: float, real: RealData, config: EvaluationConfig
+) -> Tensor:
+    """decode(z, y, guidance, config) of this process's share."""
+
+    def call(rows: slice) -> Tensor:
+        return decode(*_rows(rows, z.device, z, y), guidance, config)
+
+    return own_rows(real.processes, len(z), config.batch_size, call)
+
+
 def _batched(call: Callable, model: TarFlow | BiFlow, z: Tensor, y: Tensor | None, size: int) -> Tensor:
     """call(z, y) in parts on the model's device; the result is on that of z."""
     parts, device = [], _device(model)
     for rows in _parts(len(z), size):
-        parts.append(call(z[rows].to(device), None if y is None else y[rows].to(device)).to(z.device))
+        parts.append(call(*_rows(rows, device, z, y)).to(z.device))
         _trim_heap()
     return torch.cat(parts)
 
@@ -363,12 +438,15 @@ def _parts(n: int, size: int) -> list[slice]:
 
 
 def _feature_metrics(real: RealData, images: Tensor) -> dict[str, float | None]:
-    names = ("frechet", "precision", "recall")
-    if real.judge is None or min(len(images), len(real.train_x)) <= FEATURES:
-        return dict.fromkeys(names)
-    features, train = real.judge.features(images), real.train_features
+    """Of the images that all processes have; None but on the main one."""
+    none, count = dict.fromkeys(("frechet", "precision", "recall")), sum(real.processes.gather([len(images)]))
+    if real.judge is None or min(count, len(real.train_x)) <= FEATURES:
+        return none
+    train, features = real.train_features, real.processes.gather_rows(real.judge.features(images))
+    if features is None:
+        return none
     as_many = train[spread(len(train), len(features))]
-    return dict(zip(names, (frechet_distance(features, train), *precision_recall(as_many, features)), strict=True))
+    return dict(zip(none, (frechet_distance(features, train), *precision_recall(as_many, features)), strict=True))
 
 
 def number(value: Tensor) -> float | None:

@@ -1,8 +1,10 @@
 """How good a set of images is beside a reference: FID, sFID, Inception Score, precision and recall, FD on DINOv2.
 
 A set is reduced to `SetStatistics` first; those of parts of a set, measured anywhere, merge into those of the whole.
+Processes that measure a set together each read and measure their share of it.
 """
 
+import functools
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +17,12 @@ from tqdm import tqdm
 
 from biflow.data import DataConfig, Stream, load, spread
 from biflow.data.adm import NpzImages, to_bytes
+from biflow.distributed import Processes
 from biflow.evaluate.frechet import gaussian_distance
 from biflow.evaluate.inception_score import inception_score
 from biflow.evaluate.moments import Moments, StreamingMoments
 from biflow.evaluate.precision_recall import precision_recall
+from biflow.evaluate.shares import ALONE, like_others
 from biflow.files import replacing
 
 NEIGHBOURS = 3
@@ -32,15 +36,16 @@ Network = Callable[[Tensor], dict[str, Tensor]]  # images (B,3,H,W) uint8 -> fea
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of any source. count: N. batches: n -> the images as (n,3,H,W) uint8, in the same order for every n.
+    """Images of any source. count: N. batches: n, rows -> the images `rows` (None: all) as (n,3,H,W) uint8, in the same
+    order for every n.
 
-    corrupt: how many of those that were read so far were corrupt, each replaced by another.
+    corrupt: the names of those that were found corrupt so far, each replaced by another.
     """
 
     source: str
     count: int
-    batches: Callable[[int], Iterator[Tensor]]
-    corrupt: Callable[[], int] = lambda: 0
+    batches: Callable[..., Iterator[Tensor]]
+    corrupt: Callable[[], Iterable[str]] = tuple
 
     @classmethod
     def of(cls, config: DataConfig) -> "ImageSet":
@@ -56,8 +61,9 @@ class ImageSet:
         images = data.train_x
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
 
-        def batches(size: int) -> Iterator[Tensor]:
-            parts = order.split(size)
+        def batches(size: int, rows: range | None = None) -> Iterator[Tensor]:
+            own = order if rows is None else order[rows.start : rows.stop]
+            parts = own.split(size) if len(own) else ()
             stream = Stream(images, parts.__getitem__, len(parts))
             try:
                 for step in range(len(parts)):
@@ -65,7 +71,7 @@ class ImageSet:
             finally:
                 stream.close()
 
-        return cls(config.source, len(images), batches, lambda: len(data.corrupt or ()))
+        return cls(config.source, len(images), batches, lambda: data.corrupt.reasons if data.corrupt else ())
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,38 @@ class SetStatistics:
             None if self.pool is None else torch.cat([self.pool, other.pool]),
             None if self.logits is None else torch.cat([self.logits, other.logits]),
         )
+
+    @classmethod
+    def gathered(cls, own: "SetStatistics | None", processes: Processes) -> "SetStatistics | None":
+        """Those of all processes' shares merged by rank, on the main one; None on the others.
+
+        own: of this process's share; None: of no images. At least one process has some.
+        """
+        if processes.count == 1:
+            return own
+        about = (
+            None
+            if own is None
+            else (own.pool is None, own.logits is None, {name: m.count for name, m in own.moments.items()})
+        )
+        parts = [part for part in processes.gather([about]) if part is not None]
+        no_pool, no_logits, names = parts[0]
+
+        def rows(part: Tensor | None) -> Tensor | None:
+            return processes.gather_rows(like_others(processes, part))
+
+        both = {name: None if own is None else own.moments[name] for name in names}
+        both = {name: None if m is None else torch.cat([m.mean[None], m.covariance])[None] for name, m in both.items()}
+        both = {name: rows(part) for name, part in both.items()}
+        pool = None if no_pool else rows(own and own.pool)
+        logits = None if no_logits else rows(own and own.logits)
+        if not processes.main:
+            return None
+        found = [
+            SetStatistics({name: Moments(both[name][i, 0], both[name][i, 1:], counts[name]) for name in names})
+            for i, (*_, counts) in enumerate(parts)
+        ]
+        return replace(functools.reduce(SetStatistics.merge, found), pool=pool, logits=logits)
 
     def save(self, path: str | Path) -> None:
         """As a .npz that serves as a reference: mean and covariance under the names that ADM's references have, and at
@@ -161,21 +199,40 @@ def measure(
 
 
 def measure_set(
-    images: ImageSet, networks: Sequence[Network], *, batch_size: int, limit: int | None = None, progress: bool = False
-) -> SetStatistics:
-    """`measure` of an image set; limit: of the images whose pool is kept, evenly spaced."""
+    images: ImageSet,
+    networks: Sequence[Network],
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    progress: bool = False,
+    processes: Processes = ALONE,
+) -> SetStatistics | None:
+    """`measure` of an image set, by all processes together; None but on the main one, which shows the progress of its
+    share.
+
+    limit: of the images whose pool is kept, evenly spaced.
+    """
     if not images.count:
         raise ValueError(f"{images.source}: expected images, got a file of statistics")
-    with tqdm(total=images.count, desc=images.source, unit="image", disable=not progress) as bar:
-        keep = None if limit is None else spread(images.count, limit)
-        return measure(images.batches(batch_size), networks, keep=keep, progress=bar)
+    share, own = processes.split(images.count), None
+    keep = None if limit is None else spread(images.count, limit) - share.start
+    if len(share):
+        off = not (progress and processes.main)
+        with tqdm(total=len(share), desc=images.source, unit="image", disable=off) as bar:
+            own = measure(images.batches(batch_size, share), networks, keep=keep, progress=bar)
+    return SetStatistics.gathered(own, processes)
 
 
 def measure_reference(
-    images: ImageSet, networks: Sequence[Network], *, batch_size: int, progress: bool = False
-) -> SetStatistics:
+    images: ImageSet,
+    networks: Sequence[Network],
+    *,
+    batch_size: int,
+    progress: bool = False,
+    processes: Processes = ALONE,
+) -> SetStatistics | None:
     """What samples are compared with: the statistics in a .npz, and what the images beside them, or of another source,
-    add.
+    add; None but on the main process.
 
     Of ADM's references mu and sigma are of the whole data set, and the 10,000 images serve precision and recall.
     ValueError: neither.
@@ -185,10 +242,10 @@ def measure_reference(
     if not images.count:
         if not stored.moments:
             raise ValueError(f"{images.source}: expected images or statistics (mu and sigma), got neither")
-        return stored
-    options = {"batch_size": batch_size, "limit": REFERENCE_IMAGES, "progress": progress}
+        return stored if processes.main else None
+    options = {"batch_size": batch_size, "limit": REFERENCE_IMAGES, "progress": progress, "processes": processes}
     found = measure_set(images, networks, **options)
-    return replace(found, moments={**found.moments, **stored.moments})
+    return None if found is None else replace(found, moments={**found.moments, **stored.moments})
 
 
 def score(

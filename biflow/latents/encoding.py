@@ -1,7 +1,6 @@
 """A data set's images to shards of latents on disk, going on where it was stopped."""
 
 import contextlib
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from biflow import distributed
 from biflow.config import check_fields
 from biflow.data import DataConfig, EncodedImages, ImageData, Stream, is_encoded
 from biflow.data import load as load_data
@@ -60,25 +60,25 @@ class EncodingConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
-class Moments:
+class ChannelMoments:
     """Count, mean and sum of squared deviations of each channel, added to batch by batch in fp64 (Chan et al. 1979)."""
 
     def __init__(self, count: int, mean: Any, squares: Any):
         self.count, self.mean, self.squares = count, np.asarray(mean, np.float64), np.asarray(squares, np.float64)
 
     @classmethod
-    def of(cls, moments: Tensor) -> "Moments":
+    def of(cls, moments: Tensor) -> "ChannelMoments":
         """Of latents drawn from posteriors (...,2,c,h,w): squares = sum of (mean - average)^2 + std^2."""
         values = moments.double().reshape(-1, *moments.shape[-4:]).transpose(0, 2).flatten(2)  # (c, 2, positions)
         average = values[:, 0].mean(1)
         squares = ((values[:, 0] - average[:, None]).square() + values[:, 1].square()).sum(1)
         return cls(values.shape[2], average.numpy(), squares.numpy())
 
-    def __add__(self, other: "Moments") -> "Moments":
+    def __add__(self, other: "ChannelMoments") -> "ChannelMoments":
         total = self.count + other.count
         step = other.mean - self.mean
         squares = self.squares + other.squares + step**2 * (self.count * other.count / total)
-        return Moments(total, self.mean + step * (other.count / total), squares)
+        return ChannelMoments(total, self.mean + step * (other.count / total), squares)
 
     def to_mapping(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
@@ -90,7 +90,8 @@ def encode_images(
     """Encode all images of a data set into `out`, a folder that data.source reads; docs/latents.md has the format.
 
     Started again after it was stopped or killed, it goes on with the shards that are missing; the end is the same.
-    A corrupt image's latent is that of the image that stands in for it, see `Decoder.decode`.
+    A corrupt image's latent is that of the image that stands in for it, see `Decoder.decode`. Processes that call it
+    together (torchrun) share the missing shards; the folder is the same for any number of them.
 
     Args:
         data: where the images are; img_size is the side that they are resized and cropped to (centre crops). A test
@@ -99,9 +100,9 @@ def encode_images(
         out: a new or empty folder, or one that this began.
 
     Returns:
-        report, numbers and texts: images, held_out, corrupt, corrupt_examples, classes (how many), shape (c,h,w),
-        dtype, bytes, normalization, posterior_std and rounding (root mean squares: of the posteriors' standard
-        deviations, and of what storing in dtype changed in their means).
+        report of the whole folder, numbers and texts: images, held_out, corrupt, corrupt_examples, classes (how many),
+        shape (c,h,w), dtype, bytes, normalization, posterior_std and rounding (root mean squares: of the posteriors'
+        standard deviations, and of what storing in dtype changed in their means).
 
     Raises:
         As `data.load` and `autoencoder.load`. ValueError: images that the autoencoder does not take; another data set,
@@ -112,30 +113,48 @@ def encode_images(
     for name in FIXED:
         if getattr(data, name) != getattr(DataConfig(), name):
             raise ValueError(f"data.{name}: not for encoding (it is for training on the latents, or the autoencoder's)")
-    model = vae.load(source, config.device)
+    processes = distributed.join(config.device)
+    with processes.main_first():  # a download, an index of shards
+        model = vae.load(source, processes.device)
     channels, factor = model.config.in_channels, vae.downsampling(model.config)
     encoded = is_encoded(data.source)
-    loaded = load_data(replace(data, val_fraction=0.0, channels=channels if encoded else None))
+    with processes.main_first():
+        loaded = load_data(replace(data, val_fraction=0.0, channels=channels if encoded else None))
     if loaded.channels != channels or loaded.img_size % factor:
         raise ValueError(
             f"{data.source}: expected images of {channels} channels and a side that {factor} divides, as the "
             f"autoencoder takes, got {loaded.channels} channels and side {loaded.img_size}"
         )
-    index = _begin(out, loaded, data, vae.describe(model, source), config)
+    autoencoder = vae.describe(model, source)
+    with processes.main_first():
+        if processes.main:
+            _clear(out)
+        index = _begin(out, loaded, data, autoencoder, config)
     shards = list(_shards(loaded, config.shard_images))
-    missing = [shard for shard in shards if not (out / shard[0]).exists()]
-    total = sum(len(rows) for *_, rows in shards)
-    done = total - sum(len(rows) for *_, rows in missing)
-    with tqdm(total=total, initial=done, desc="encode", unit="image", disable=not progress) as bar:
+    # looked for by one process, before any of them makes one
+    missing = processes.same([file for file, *_ in shards if not (out / file).exists()])
+    mine = missing[processes.rank :: processes.count]
+    done = sum(len(rows) for file, _, rows in shards if file not in missing)
+    total = done + sum(len(rows) for file, _, rows in shards if file in mine)
+    off = not (progress and processes.main)
+    with tqdm(total=total, initial=done, desc="encode", unit="image", disable=off) as bar:
         try:
             for split in ("train", "val"):
-                own = [(name, rows) for name, found, rows in missing if found == split]
+                own = [(file, rows) for file, found, rows in shards if found == split and file in mine]
                 _encode_split(model, loaded, split, own, out, config, bar)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"stopped at {bar.n:,} of {total:,} images; the same command goes on with those that no shard has"
             ) from None
-    return _report(_finish(out, index, shards), out)
+    processes.wait()
+    return processes.same(_report(_finish(out, index, shards), out) if processes.main else None)
+
+
+def _clear(out: Path) -> None:
+    """Make the folder, without what a killed process left. No other process of the job writes there yet."""
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob(f"{TEMPORARY}*"):
+        leftover.unlink()
 
 
 def _begin(
@@ -154,12 +173,9 @@ def _begin(
         "dtype": encoding.dtype,
         "precision": encoding.precision,
         "shard_images": encoding.shard_images,
-        "images_sha256": data.fingerprint or _digest(data),
+        "images_sha256": data.digest(),
         "class_names": list(data.class_names),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob(f"{TEMPORARY}*"):
-        leftover.unlink()
     if not any(out.iterdir()):
         write_index(out, index)
     elif not (out / INDEX).is_file():
@@ -175,15 +191,6 @@ def _begin(
                 "options, or choose another folder"
             )
     return {name: value for name, value in found.items() if name not in FINAL}
-
-
-def _digest(data: ImageData) -> str:
-    """SHA-256 (hex) of arrays and labels."""
-    total = hashlib.sha256()
-    for images, labels in ((data.train_x, data.train_y), (data.val_x, data.val_y)):
-        total.update(images.digest().encode())
-        total.update(b"" if labels is None else labels.numpy().tobytes())
-    return total.hexdigest()
 
 
 def _shards(data: ImageData, size: int) -> Iterator[tuple[str, str, Tensor]]:
@@ -218,7 +225,7 @@ def _encode_split(
                 if not kept.isfinite().all():
                     _refuse(exact, images, part, config)
                 stored.append(kept)
-                statistics.append(Moments.of(kept))
+                statistics.append(ChannelMoments.of(kept))
                 change += float((kept[:, :, 0].double() - exact[:, :, 0]).square().sum())
                 spread += float(exact[:, :, 1].double().square().sum())
                 step += 1
@@ -265,7 +272,7 @@ def _names(images: Any, rows: Tensor) -> dict[str, Any]:
 def _finish(out: Path, index: dict[str, Any], shards: list[tuple[str, str, Tensor]]) -> dict[str, Any]:
     """The whole index, from what all shards say of themselves."""
     found = [read_shard(out / file)[0] for file, *_ in shards]
-    statistics = [Moments(**about["statistics"]) for about in found]
+    statistics = [ChannelMoments(**about["statistics"]) for about in found]
     whole = sum(statistics[1:], statistics[0])
     numbers = whole.count * len(whole.mean)
     index |= {

@@ -58,7 +58,8 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """How a run is carried out. A resumed run may change what does not change its weights (`runs.FREE_FIELDS`): the
-    `*_every` fields, keep, tensorboard, wandb, peak_flops, activation_checkpointing and sample_*.
+    `*_every` fields, keep, tensorboard, wandb, peak_flops, activation_checkpointing and sample_*; also device, which
+    changes their bits.
 
     seed: of the initial weights, the order of the data and all noise.
     log_every, validate_every, checkpoint_every: in steps; the last step does all three.
@@ -79,6 +80,8 @@ class RunConfig:
         flow is decoded exactly for it, which may take long on a CPU.
     sample_images: images of a grid.
     sample_guidance: strength; None: 1 with classes (at most max_guidance), 0 without.
+    sample_vae: of a model of latents: the AutoencoderKL that makes images of the samples, a folder or its name on the
+        hub, as `biflow sample --vae`.
     """
 
     seed: int = 0
@@ -98,6 +101,7 @@ class RunConfig:
     sample_every: int | None = None
     sample_images: int = 16
     sample_guidance: float | None = None
+    sample_vae: str | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -110,8 +114,9 @@ class RunConfig:
                 at_least(self, low, name)
         if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
             raise ValueError(f"peak_flops: expected a finite number > 0, got {self.peak_flops}")
-        if self.wandb == "":
-            raise ValueError("wandb: expected the name of a project or None, got an empty string")
+        for name, what in (("wandb", "the name of a project"), ("sample_vae", "an autoencoder's folder or name")):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: expected {what} or None, got an empty string")
         parse_device(self.device)
 
     def torch_device(self) -> torch.device:
@@ -280,12 +285,18 @@ def flatten(mapping: dict, prefix: str = "") -> dict[str, object]:
 
 def _check_samples(run: RunConfig, model: TarFlowConfig | BiFlowConfig, largest: float = math.inf) -> None:
     """That sample grids can be drawn, if they are wanted: ValueError. largest: guidance."""
+    latents = model.in_channels not in PIXEL_CHANNELS
+    if run.sample_vae is not None and not latents:
+        raise ValueError(
+            f"run.sample_vae: expected None with images (model.in_channels {model.in_channels}; it decodes latents), "
+            f"got {run.sample_vae!r}"
+        )
     if run.sample_every is None:
         return
-    if model.in_channels not in PIXEL_CHANNELS:
+    if latents and run.sample_vae is None:
         raise ValueError(
-            "run.sample_every: expected None, or images of 1 or 3 channels, got model.in_channels "
-            f"{model.in_channels}: latents would have to be decoded to pixels to be seen"
+            f"run.sample_vae: expected with run.sample_every {run.sample_every} the autoencoder by which latents "
+            f"(model.in_channels {model.in_channels}) can be seen, got None"
         )
     guidance = run.sample_guidance or 0.0
     if guidance > (largest if model.num_classes else 0.0):

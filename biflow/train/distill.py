@@ -216,7 +216,8 @@ class Alignment:
 
     def prepare(self, out: Path, progress: bool) -> None:
         if self.perceptual is not None:
-            self.identity["perceptual_sha256"] = self.perceptual.prepare(out, progress=progress)
+            with distributed.join(self.config.run.device).main_first():
+                self.identity["perceptual_weights_sha256"] = self.perceptual.prepare(out, progress=progress)
 
     def loss(
         self,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from biflow.config import check_fields
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from biflow.train.configs import FlowTraining, InverseTraining
     from biflow.train.trainer import Objective
 
-STRATEGIES = ("ddp", "fsdp")
+PARALLEL_STRATEGIES = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ParallelConfig:
 
     def __post_init__(self):
         check_fields(self)
-        check_choice("strategy", self.strategy, STRATEGIES)
+        check_choice("strategy", self.strategy, PARALLEL_STRATEGIES)
         if self.accumulate < 1:
             raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
 
@@ -84,9 +85,12 @@ class Parallel:
     """One process.
 
     own: which rows of a global batch are this process's.
+    keeps_casts: whether autocast may keep what it made of weights until the loss is there.
 
     ValueError: a batch that does not divide into equal parts.
     """
+
+    keeps_casts = True
 
     def __init__(self, config: ParallelConfig, processes: Processes, batch_size: int):
         parts = processes.count * config.accumulate
@@ -128,12 +132,17 @@ class Parallel:
         return dict(zip(values, (total / self.processes.count).tolist(), strict=True))
 
     def mean_tensor(self, value: Tensor) -> Tensor:
-        """The mean over processes, where and of the dtype that `value` is."""
-        return value if self.processes.count == 1 else (self.processes.sum(value) / self.processes.count).to(value)
+        """The mean over processes, where and of the dtype that `value` is; on a GPU the host waits for nothing."""
+        if self.processes.count == 1:
+            return value
+        total = value.detach().to(torch.float64, copy=True)
+        dist.all_reduce(total)
+        return (total / self.processes.count).to(value)
 
-    def clip(self, parameters: list[nn.Parameter], largest: float | None) -> float:
-        """Scale the gradient to an L2 norm of at most `largest` (None: as it is); returns what its norm was."""
-        return float(self.whole(torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf)))
+    def clip(self, parameters: list[nn.Parameter], largest: float | None) -> Tensor:
+        """Scale the gradient to an L2 norm of at most `largest` (None: as it is); returns what its norm was, a scalar
+        where the gradient is."""
+        return self.whole(torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf))
 
     def whole(self, tensor: Tensor) -> Tensor:
         """The tensor of which this process may hold a part; all processes ask together."""

@@ -71,7 +71,7 @@ class Likelihood:
     def prepare(self, out: Path, progress: bool) -> None:
         """Without representation nothing: the loss needs the model alone."""
         if self.representation is not None:
-            self.identity["encoder_sha256"] = self.representation.prepare(out, progress=progress)
+            self.identity["encoder_weights_sha256"] = self.representation.prepare(out, progress=progress)
 
     def loss(
         self,

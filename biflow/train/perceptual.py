@@ -61,12 +61,19 @@ class Pixels(nn.Module):
     """Latents x as the data yields them -> images, by the frozen autoencoder that made the latents z = x scale + shift.
 
     Differentiable; the decoder's activations are computed again in the backward pass, since they are large.
+
+    Args:
+        source: of the autoencoder. field: of the configuration, by which it was named.
+
+    Raises:
+        ValueError: the data are not latents of `biflow latents encode`, or another encoder made them; and as
+        `latents.load`.
     """
 
-    def __init__(self, source: str, data: ImageData):
+    def __init__(self, source: str, data: ImageData, field: str = "decoder"):
         super().__init__()
         if data.latents is None:
-            raise ValueError("decoder: expected data made by `biflow latents encode`, got others, of unknown scale")
+            raise ValueError(f"{field}: expected data made by `biflow latents encode`, got others, of unknown scale")
         self.autoencoder = latents.load(source)
         self.sha256 = latents.check_same(self.autoencoder, data.latents["autoencoder"], source)["sha256"]
         self.autoencoder.enable_gradient_checkpointing()
@@ -111,7 +118,8 @@ class Perceptual:
         """Move the backbones to the device and train classifiers, kept in the run folder `out` and read from there.
 
         Returns:
-            name of a term -> SHA-256 of its backbone, and of "the decoder": a run is resumed with the same ones only.
+            name of a term -> SHA-256 of its backbone, wherever its file lies, and of "the decoder": a run is resumed
+            with the same ones only.
         """
         for backbone in self.backbones:
             backbone.to(self.device)
@@ -119,7 +127,7 @@ class Perceptual:
                 run, flip = self.config.run, self.config.data.flip
                 backbones.prepare_classifier(backbone, self.data, out, seed=run.seed, flip=flip, progress=progress)
         self.ready = True
-        found = {backbone.config.label: checkpoint.fingerprint(backbone) for backbone in self.backbones}
+        found = {b.config.label: checkpoint.fingerprint(b, without=("weights",)) for b in self.backbones}
         if self.pixels is not None:
             found["the decoder"] = self.pixels.to(self.device).sha256
         return found

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from biflow import checkpoint
+from biflow import checkpoint, distributed
 from biflow.data import ImageData, Latents
 from biflow.models import TarFlow
 from biflow.models.pseudo_reverse import detached_features, pseudo_reverse
@@ -91,15 +91,18 @@ class Representation:
     def prepare(self, out: Path | None = None, *, progress: bool = False) -> str:
         """Move the encoder to the device, train it if it is self-supervised, and write or open the cached features.
 
+        All processes of a job call it together: the main one trains, all write features.
+
         out: the run's folder; None: nothing is kept, and features are cached in a folder of the configuration's only.
 
         Returns:
-            SHA-256 of the encoder: a run is resumed with the same one only.
+            SHA-256 of the encoder, wherever its file lies: a run is resumed with the same one only.
         """
-        run, flip = self.config.run, self.config.data.flip
+        run, flip, processes = self.config.run, self.config.data.flip, distributed.join(self.config.run.device)
         self.encoder.to(self.device)
-        encoders.prepare(self.encoder, self.data, out, seed=run.seed, flip=flip, progress=progress)
-        self.sha256 = found = checkpoint.fingerprint(self.encoder)
+        with processes.main_first():
+            encoders.prepare(self.encoder, self.data, out, seed=run.seed, flip=flip, progress=progress)
+        self.sha256 = found = checkpoint.fingerprint(self.encoder, without=("weights",))
         if self.own.cache_features:
             given = self.own.cache_features
             if given is True and out is None:
@@ -110,7 +113,8 @@ class Representation:
                 {"encoder": found, "device": self.device.type},
                 flip=flip,
                 encode=lambda x: self.encoder(x.to(self.device)),
-                batch=self.config.optim.batch_size,
+                batch=self.config.optim.batch_size // (processes.count * self.config.parallel.accumulate),
+                processes=processes,
                 progress=progress,
             )
         self.ready = True

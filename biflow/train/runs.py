@@ -7,7 +7,7 @@ import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import yaml
@@ -18,16 +18,24 @@ from biflow.distributed import Processes
 from biflow.files import TEMPORARY, replacing, sync
 from biflow.train.configs import FlowTraining, InverseTraining, flatten
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # by which a run stops after a step
 # these do not change what a step sees, nor its bits
 FREE_FIELDS = {f"run.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "keep", "tensorboard")}
 FREE_FIELDS |= {f"run.{name}" for name in ("wandb", "peak_flops", "activation_checkpointing")}
-FREE_FIELDS |= {f"run.{name}" for name in ("sample_every", "sample_images", "sample_guidance")}
-FREE_FIELDS |= {"data.workers", "data.index", "representation.cache_features", "representation.encoder.weights"}
+FREE_FIELDS |= {f"run.{name}" for name in ("sample_every", "sample_images", "sample_guidance", "sample_vae")}
+FREE_FIELDS |= {"data.workers", "data.index", "representation.cache_features"}
 FREE_FIELDS |= {"parallel.strategy", "parallel.accumulate"}
+FREE_FIELDS |= {"run.device"}  # another one has other bits
+# paths, which may change where the run's state says by this hash what was found there
+GUARDED_FIELDS = {name: "data_sha256" for name in ("data.source", "data.exclude", "data.classes")}
+GUARDED_FIELDS |= {name: "perceptual_weights_sha256" for name in ("decoder", "perceptual.weights")}
+GUARDED_FIELDS |= {"representation.encoder.weights": "encoder_weights_sha256"}
 
 
 def prepare(out: Path, config: dict, resume: bool) -> None:
     """Make the run folder, or check the one to resume; leftovers of a killed process are removed.
+
+    Paths are not compared here (GUARDED_FIELDS): the state of a checkpoint says what they have to lead to.
 
     Raises:
         FileExistsError: a folder that is not empty, without resume; or that holds something other than a run.
@@ -42,12 +50,19 @@ def prepare(out: Path, config: dict, resume: bool) -> None:
     if entries and not (out / "config.yaml").exists():
         raise FileExistsError(f"{out}: expected a run to resume (config.yaml), got a folder that holds something else")
     if entries:
-        check_same(with_defaults(presets.read(str(out / "config.yaml"))), config, str(out / "config.yaml"))
+        found = with_defaults(presets.read(str(out / "config.yaml")))
+        check_same(found, config, str(out / "config.yaml"), GUARDED_FIELDS)
     for leftover in [*out.glob(f"{TEMPORARY}*"), *(out / "checkpoints").glob(f"{TEMPORARY}*")]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if not entries:
+        write_config(out, config)
+    (out / "checkpoints").mkdir(exist_ok=True)
+
+
+def write_config(out: Path, config: dict) -> None:
+    """config.yaml; of a resumed run when it is known that it goes on."""
     with replacing(out / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False))
-    (out / "checkpoints").mkdir(exist_ok=True)
 
 
 def train_seconds(out: Path) -> float:
@@ -64,14 +79,20 @@ def with_defaults(found: dict) -> dict:
     return {"stage": found["stage"], **completed(cls, fields)}
 
 
-def check_same(found: dict, config: dict, where: str) -> None:
-    """ValueError naming the first field in which the run's configuration differs from the one given."""
+def check_same(found: dict, config: dict, where: str, free: Collection[str] = ()) -> None:
+    """ValueError naming the first field in which the run's configuration differs from the one given.
+
+    free: names of GUARDED_FIELDS that may differ beside FREE_FIELDS.
+    """
     old, new = flatten(found), flatten(config)
+    if "perceptual.weights" in free:
+        for flat in (old, new):
+            flat["perceptual"] = [{**term, "weights": None} for term in flat.get("perceptual") or ()]
     for name in new:
         had = old.get(name)
         if name not in old:  # a group of settings where there is none now
             had = {key: value for key, value in old.items() if key.startswith(f"{name}.")} or None
-        if name not in FREE_FIELDS and had != new[name]:
+        if name not in FREE_FIELDS and name not in free and had != new[name]:
             raise ValueError(
                 f"{where}: the run to resume has {name} = {had!r}, this configuration {new[name]!r}; "
                 "resume with the configuration of the run, or start another one in a new folder (another --out)"
@@ -138,7 +159,7 @@ def delayed_signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, previous[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         previous[number] = signal.signal(number, note) or signal.SIG_DFL
     try:
         yield received

@@ -30,6 +30,8 @@ class Sharded(Parallel):
     torch's `fully_shard` itself: Accelerate's FSDP2 takes no CPUs, on which this is tested.
     """
 
+    keeps_casts = False  # or else each process has all layers in bf16 at once
+
     def trained(self, losses: Losses) -> nn.Module:
         return self._shard(losses)
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from biflow import checkpoint, distributed
-from biflow.data import Batch, ImageData, Stream
+from biflow.data import Batch, ImageData, Stream, kind_of
 from biflow.models.layers import device_name
 from biflow.train import environment, flops, grids, runs
 from biflow.train.configs import FlowTraining, InverseTraining
@@ -27,6 +27,7 @@ from biflow.train.optim import Average, DataOrder, learning_rate, make_optimizer
 from biflow.train.speed import Speed, in_progress_bar
 
 STATE_KIND = "training state"
+HASHES = set(runs.GUARDED_FIELDS.values())
 SHARDS = "shards"  # what the metadata of a sharded state says of them
 OWN = "objective."  # what names of the objective's own parameters begin with in a state
 VALIDATION_SEED = 0x5EED  # its noise is the same in every validation
@@ -45,7 +46,10 @@ class Objective(Protocol):
     flops: int
 
     def prepare(self, out: Path, progress: bool) -> None:
-        """Before the first step of a sitting, with the run's folder there: make or read what the loss needs."""
+        """Before the first step of a sitting, with the run's folder there: make or read what the loss needs.
+
+        All processes call it together.
+        """
         ...
 
     def loss(
@@ -77,7 +81,9 @@ class Trainer:
         self, model: nn.Module, objective: Objective, data: ImageData, config: FlowTraining | InverseTraining, out: Path
     ):
         self.config, self.objective, self.data, self.out = config, objective, data, out
+        self.data_sha256 = data.digest()
         self.processes = distributed.join(config.run.torch_device())
+        self.processes.wait()  # the others may still be reading what the main one read first
         self.parallel = spread(config.parallel, self.processes, config.optim.batch_size)
         self.device = self.processes.device
         self.dtype = config.run.torch_dtype
@@ -100,6 +106,8 @@ class Trainer:
         peak = None if peak is None else peak * self.processes.count
         self.speed = Speed(config.optim.batch_size, config.optim.batch_size * objective.flops, peak)
         self.step = 0
+        self.signals: list[int] = []  # that came to this process
+        self.stop = 0  # the one by which all stop
         self.seconds = 0.0
         self.window: dict[str, float] = {}  # sums of what is logged as means, over the steps since the last log
 
@@ -110,12 +118,16 @@ class Trainer:
         """
         main = self.processes.main
         check_writers(self.config.run)
+        if main and self.device.type == "cpu" and torch.cuda.is_available():
+            tqdm.write("biflow: training on the CPU; run.device=cuda takes the GPU", file=sys.stderr)
         with self.processes.main_first():
+            pixels = grids.pixels_of(self.config.run, self.data) if main else None
             if main:
                 runs.prepare(self.out, self.mapping, resume)
-            self.objective.prepare(self.out, progress and main)
+        self.objective.prepare(self.out, progress and main)
         self._restore_newest()
         if main:
+            runs.write_config(self.out, self.mapping)
             runs.cut_metrics(self.out, self.step)
             environment.record(self.out, self.step, self.device)
         started = time.perf_counter() - self.seconds
@@ -126,31 +138,31 @@ class Trainer:
             total=steps, initial=self.step, desc=self.objective.stage, unit="step", disable=not (progress and main)
         )
         with (
-            runs.delayed_signals() as signals,
+            runs.delayed_signals() as self.signals,
             Metrics(self.out, self.step, self.config.run, self.mapping) if main else contextlib.nullcontext() as log,
             contextlib.closing(self.stream),
             bar,
         ):
-            stop = self._agreed(signals)
-            while self.step < steps and not stop:
+            self._means({})  # a signal may have come already
+            while self.step < steps and not self.stop:
                 with self.speed.step():
                     self._train_step()
                 self.seconds = time.perf_counter() - started
-                stop = self._agreed(signals)
                 for line in self._reports():
                     if main:
                         log.write(line)
                     shown |= in_progress_bar(line)
                     bar.set_postfix(shown, refresh=False)
                 bar.update()
-                if self._due(self.config.run.checkpoint_every) or stop:
+                if self._due(self.config.run.checkpoint_every) or self.stop:
                     if main:
                         log.sync()
                     self.save()
                 if self.config.run.sample_every is not None and self._due(self.config.run.sample_every):
                     average = self.parallel.whole_model(self.average.model, keep=main)
-                    if main:
-                        log.image(grids.draw(average, self.config.run, self.out, self.step), self.step)
+                    with self.processes.main_first():  # the others wait, however long a flow takes to decode
+                        if main:
+                            log.image(grids.draw(average, self.config.run, self.out, self.step, pixels), self.step)
         if self.data.corrupt and main:
             text = f"{len(self.data.corrupt)} corrupt images were met and replaced: {self.out / 'corrupt.txt'}"
             tqdm.write(f"biflow: {text}", file=sys.stderr)
@@ -158,18 +170,22 @@ class Trainer:
         if self.step == steps and main:
             self._save_result(model, self.out / "model.safetensors")
         self.processes.wait()
-        if stop:
+        if self.stop:
             text = f"stopped by a signal at step {self.step} of {steps}, after writing a checkpoint to resume from"
-            if stop == signal.SIGINT:
+            if self.stop == signal.SIGINT:
                 raise KeyboardInterrupt(text)
             if main:
                 tqdm.write(f"biflow: {text}", file=sys.stderr)  # the exit code takes the place of SystemExit's text
-            raise SystemExit(128 + stop)
+            raise SystemExit(128 + self.stop)
         return model.to(self.device)
 
-    def _agreed(self, signals: list[int]) -> int:
-        """The signal by which all processes stop after this step; 0: none has come to any of them."""
-        return self.processes.most(signals[0] if signals else 0)
+    def _means(self, values: dict[str, float]) -> dict[str, float]:
+        """The values' means over processes. With them goes which signals have come: `stop` is the same on all."""
+        means = self.parallel.mean(
+            {**values, **{number: float(self.signals[:1] == [number]) for number in runs.SIGNALS}}
+        )
+        self.stop = max(number if means.pop(number) else 0 for number in runs.SIGNALS)
+        return means
 
     def _save_result(self, model: nn.Module, path: Path) -> None:
         """Write the averaged model, unless it is there: what was added to the file since, a policy say, stays."""
@@ -195,8 +211,7 @@ class Trainer:
                 tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
             tensors["generator"] = self.generator.get_state()
             metadata = {"step": self.step, "seconds": self.seconds, "window": self.window, **self.objective.identity}
-            if self.data.fingerprint is not None:
-                metadata["data_sha256"] = self.data.fingerprint
+            metadata["data_sha256"] = self.data_sha256
             tensors, shards = self.parallel.write_shards(folder, tensors)
             metadata |= {SHARDS: shards} if shards else {}
             average = self.parallel.whole_model(self.average.model, keep=main)
@@ -212,13 +227,19 @@ class Trainer:
 
     def restore(self, state: checkpoint.Contents, average: nn.Module, folder: Path) -> None:
         """Continue from what a checkpoint holds. ValueError: it is of a run with another configuration."""
-        found = {**runs.with_defaults(state.config), **state.metadata}
-        runs.check_same(found, {**self.mapping, **self.objective.identity}, str(self.out))
         tensors, metadata = state.tensors, state.metadata
-        if metadata.get("data_sha256", self.data.fingerprint) != self.data.fingerprint:
+        found = {**runs.with_defaults(state.config), **metadata}
+        # a run of before there was a hash goes on with the paths that it has
+        identity = {k: v for k, v in self.objective.identity.items() if k in metadata or k not in HASHES}
+        free = {name for name, guard in runs.GUARDED_FIELDS.items() if guard in metadata}
+        if kind_of(self.config.data.source) == "table":  # of its rows only labels are hashed
+            free.discard("data.source")
+        runs.check_same(found, {**self.mapping, **identity}, str(self.out), free)
+        if metadata.get("data_sha256", self.data_sha256) != self.data_sha256:
             raise ValueError(
-                f"{self.out}: expected the images of {self.config.data.source} that the run began with, got others "
-                "(names, labels or what is left out have changed): the order of the epoch would be another"
+                f"{self.out}: expected the images of {found['data']['source']} that the run began with, got others in "
+                f"{self.config.data.source} (arrays, names, labels or what is left out differ): the order of the epoch "
+                "would be another"
             )
         like = {f"model.{k}": p for k, p in self.model.named_parameters()}
         like |= {f"{OWN}{k}": p for k, p in self.own.named_parameters()}
@@ -235,8 +256,11 @@ class Trainer:
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
             if keys:  # a parameter that had no gradient yet has no moments
                 self.optimizer.state[parameter] = {k: tensors[f"{k}.{name}"].to(self.device) for k in keys}
-        self.generator.set_state(tensors["generator"])
         self.step, self.seconds, self.window = metadata["step"], metadata["seconds"], metadata["window"]
+        if len(tensors["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(tensors["generator"])
+        else:  # of another kind of device: from here on other noise
+            self.generator.manual_seed((self.config.run.seed * 1_000_003 + self.step) % 2**63)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -244,7 +268,7 @@ class Trainer:
         count, limit = len(self.data.val_x), self.config.run.validate_images
         chosen = torch.linspace(0, count - 1, min(count, limit), dtype=torch.float64).round().long()
         generator = BatchGenerator(self.device).manual_seed(VALIDATION_SEED)
-        sums: dict[str, float] = {}
+        total: Tensor | float = 0.0
         parts = chosen.split(self.config.optim.batch_size)
         shares = [self.processes.split(len(part)) for part in parts]
         own = [share or range(1) for share in shares]  # nobody has no rows: sharded weights are gathered by all
@@ -255,11 +279,14 @@ class Trainer:
                 generator.part = (rows.start, len(parts[part])) if self.processes.count > 1 else None
                 with self._autocast():
                     loss, terms = self.averaged_losses(x, y, generator, training=False)
-                for name, value in {"loss": loss, **terms}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * len(share) / len(chosen)
+                terms = {"loss": loss, **terms}
+                total = total + _stacked(terms.values()) * len(share) / len(chosen)
+        sums = dict(zip(terms, total.tolist(), strict=True))
         return {name: value * self.processes.count for name, value in self.parallel.mean(sums).items()}
 
     def _train_step(self) -> None:
+        """A step. Between the loss and the optimizer the host waits for the device, once, and for all processes: what
+        is not finite must not reach the weights. What else it waits for: docs/distributed.md."""
         optim = self.config.optim
         rate = learning_rate(self.step, optim)
         for group in self.optimizer.param_groups:
@@ -267,17 +294,19 @@ class Trainer:
         with self.speed.data():
             batch = self.stream.read(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        values: dict[str, float] = {}
+        total: Tensor | float = 0.0
         for part in self.parallel.micro_batches(self.losses, self.generator):
             loss, terms = self._loss(batch.part(part))
             (loss / self.parallel.accumulate).backward()
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                values[name] = values.get(name, 0.0) + float(value) / self.parallel.accumulate
+            terms = {"loss": loss.detach(), **terms}
+            total = total + _stacked(terms.values()) / self.parallel.accumulate
         self.objective.settle(self.model, self.parallel.mean_tensor)
+        norm = self.parallel.clip([parameter for _, parameter in self._parameters()], optim.grad_clip)
+        *found, norm = torch.cat([total, _stacked([norm])]).tolist()
+        values = dict(zip(terms, found, strict=True))
         if self.data.corrupt is not None:
             values["replaced"] = float(batch.replaced * self.processes.count)  # a sum over processes
-        values = self.parallel.mean(values)
-        values["grad_norm"] = self.parallel.clip([parameter for _, parameter in self._parameters()], optim.grad_clip)
+        values = {**self._means(values), "grad_norm": norm}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if bad:
             raise FloatingPointError(
@@ -328,7 +357,8 @@ class Trainer:
         return self.data.train_x.quantisation.values(batch.pixels.to(self.device)).to(self.dtype), y
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16")
+        options = {"enabled": self.config.run.precision == "bf16", "cache_enabled": self.parallel.keeps_casts}
+        return torch.autocast(self.device.type, torch.bfloat16, **options)
 
     def _restore_newest(self) -> None:
         """Continue from the newest checkpoint that all processes can read, if there is one."""
@@ -355,6 +385,11 @@ class Trainer:
                 raise ValueError(f"{self.out}: no checkpoint of the run can be read: {'; '.join(unreadable)}")
         for reason in unreadable if self.processes.main else ():
             tqdm.write(f"biflow: continuing from step {self.step}, an older checkpoint: {reason}", file=sys.stderr)
+
+
+def _stacked(values: Iterable[Tensor]) -> Tensor:
+    """Scalars as one fp64 tensor where they are."""
+    return torch.stack([value.detach().to(torch.float64) for value in values])
 
 
 def fit(
