@@ -118,11 +118,11 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
-    """SHA-256 (hex) over the model's kind, `config` and weights: equal for equal models on any device.
+    """SHA-256 (hex) over the model's kind, `config` (if any) and weights: equal for equal models on any device.
 
     without: fields of `config` that do not count, such as where a file lies.
     """
-    config = {name: value for name, value in to_mapping(model.config).items() if name not in without}
+    config = {name: value for name, value in to_mapping(getattr(model, "config", {})).items() if name not in without}
     document = {"kind": type(model).__name__, "config": config}
     return _digest({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, document)
 

@@ -6,29 +6,17 @@ from pathlib import Path
 import pytest
 import tiny_training
 import yaml
+from tiny_ablation import EVALUATION, write_study
 
 from biflow import ablation, cli
 from biflow.ablation import runner
-from biflow.config import to_mapping
 from biflow.train import environment
-
-EVALUATION = dict(samples=60, guidances=[0.0, 1.0], judge_steps=20, batch_size=60, noise_draws=1)
 
 
 @pytest.fixture
 def study(tmp_path):
     """Two rows: the exact inverse, and a learned one of the same flow."""
-    data = tiny_training.write_images(tmp_path / "images.npz", count=400)
-    for stage, config in (
-        ("flow", tiny_training.flow_config(data, 6, 3)),
-        ("inverse", tiny_training.inverse_config(data, 6, 3)),
-    ):
-        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump({"stage": stage, **to_mapping(config)}))
-    exact = dict(title="exact", flow="flow.yaml", evaluation=EVALUATION)
-    learned = exact | dict(title="learned", inverse="inverse.yaml")
-    for name, row in (("exact", exact), ("learned", learned)):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(row))
-    return tmp_path
+    return write_study(tmp_path)
 
 
 def rows(study):
@@ -263,38 +251,6 @@ def test_rows_that_differ_in_evaluation_share_the_inverse(study, monkeypatch):
     assert results["learned"][0]["samples"][0] == results["other"][0]["samples"][0]
 
 
-# --- what a flow knows of classes
-
-
-def test_semantics_are_measured_along_the_training_and_compared_with_the_baseline(study):
-    semantics = dict(classify_images=20, probe=dict(train_images=60), curve_samples=60)
-    settings = ["run.keep=10", "run.checkpoint_every=2"]
-    own = "representation={features: [[-1, 0]], projector_width: 8, encoder: {steps: 2}}"
-    for name, more in (("aligned", [own]), ("plain", [])):
-        row = dict(title=name, flow="flow.yaml", flow_settings=[*settings, *more], evaluation=EVALUATION)
-        (study / f"{name}.yaml").write_text(yaml.safe_dump(row | {"semantics": semantics}))
-    out = study / "out"
-    files = [study / "aligned.yaml", study / "plain.yaml"]
-    results = ablation.run_ablation(files, out, seeds=(1,), progress=False)
-    found = results["aligned"][0]["semantics"]
-    assert [point["step"] for point in found["curve"]] == [2, 4, 6]
-    assert [(p["block"], p["layer"]) for p in found["probe"]] == [(0, 0), (1, 0)]
-    assert found["classification"]["count"] == 20
-    assert found["curve"][-1]["accuracy"] == found["classification"]["accuracy"], "of the same averaged weights"
-    want = {s["guidance"]: s["frechet"] for s in results["aligned"][0]["samples"]}[0.0]
-    assert found["curve"][-1]["frechet"] == pytest.approx(want, rel=1e-6)
-    text = (out / "table.md").read_text()
-    assert text == ablation.table(results) + "\n" + ablation.semantics_table(results)
-    plain = next(line for line in text.splitlines()[4:] if line.startswith("| plain"))
-    curve = results["plain"][0]["semantics"]["curve"]
-    steps = [ablation.steps_to_reach(curve, curve[-1][name], name) for name in ("frechet", "accuracy")]
-    assert f"| {steps[0]} | {steps[1]} |" in plain
-    assert ablation.run_ablation(files, out, seeds=(1,), progress=False) == results, "kept"
-    (study / "plain.yaml").write_text(yaml.safe_dump(row | {"semantics": semantics | {"classify_images": 10}}))
-    with pytest.raises(ValueError, match=r"semantics\.classify_images = 20, this configuration 10"):
-        ablation.run_ablation(files[1:], out, seeds=(1,), progress=False)
-
-
 def test_runs_keep_their_folder():
     """Those from before alignment and encoded data, under the names that they had then; whoever decodes the images."""
     flow, inverse = tiny_training.flow_config("images.npz"), tiny_training.inverse_config("images.npz")
@@ -303,40 +259,3 @@ def test_runs_keep_their_folder():
     for field, value in (("crop", "random"), ("exclude", "bad.txt"), ("posterior", "mean"), ("seed", 1)):
         assert runner._digest(tiny_training.changed(flow, "data", **{field: value})) != "4974d37e405a"
     assert runner._digest(tiny_training.changed(flow, "run", compile=True)) != "4974d37e405a"
-
-
-def test_steps_to_reach():
-    curve = [{"step": s, "frechet": f, "accuracy": a} for s, f, a in ((1, 9.0, 0.2), (2, None, 0.5), (3, 4.0, 0.4))]
-    assert ablation.steps_to_reach(curve, 4.0, "frechet") == 3
-    assert ablation.steps_to_reach(curve, 9.5, "frechet") == 1
-    assert ablation.steps_to_reach(curve, 3.9, "frechet") is None
-    assert ablation.steps_to_reach(curve, 0.4, "accuracy") == 2
-    assert ablation.steps_to_reach(curve, None, "frechet") is None
-    assert ablation.semantics_table({"a": [{"semantics_of": "none"}]}) == ""
-
-
-def test_a_row_without_a_curve_has_not_missed_the_baseline():
-    def row(curve, representation=None):
-        own = {"classification": {"accuracy": 0.5, "nll": 1.0}, "probe": [], "curve": curve}
-        flow = {"representation": representation}
-        return [{"title": "r", "seed": 0, "configuration": {"flow": flow}, "semantics": own}]
-
-    point = {"step": 2, "frechet": 3.0, "accuracy": 0.5}
-    late = row([{**point, "frechet": 4.0}], {"strategy": "detach"})
-    table = ablation.semantics_table({"a": row([point]), "b": row([], {"strategy": "detach"}), "c": late})
-    assert [line.split("|")[5:7] for line in table.splitlines()[2:5]] == [
-        [" 2 ", " 2 "],
-        ["  ", "  "],
-        ["  (1 of 1 never) ", " 2 "],
-    ]
-
-
-def test_rows_of_flowback_differ_in_the_alignment_alone():
-    folder = Path(__file__).parents[1] / "configs" / "flowback"
-    trained = {path.stem: ablation.read_row(path).training(0, [])[0] for path in folder.glob("*.yaml")}
-    plain = to_mapping(trained.pop("baseline"))
-    assert plain["representation"] is None
-    assert set(trained) == {"detach", "detach_first", "forward", "reverse_live"}
-    for config in trained.values():
-        assert {**to_mapping(config), "representation": None} == plain
-    assert {c.representation.strategy for c in trained.values()} == {"detach", "forward", "reverse"}

@@ -245,6 +245,20 @@ BAD = {
         dict(num_classes=3), dict(context=torch.zeros(BATCH, 1, 5)), ValueError,
         "context: expected None for a model with context_dim=0",
     ),
+    "mask": (dict(num_classes=3), dict(mask=torch.ones(BATCH, 4, dtype=torch.bool)), TypeError, "argument 'mask'"),
+    "mask as context": (
+        dict(num_classes=3, context_dim=5), dict(context=torch.ones(BATCH, 3, 5, dtype=torch.bool)), TypeError,
+        "context: expected a floating-point tensor, got torch.bool",
+    ),
+    "context and its mask": (
+        dict(num_classes=3, context_dim=5),
+        dict(context=(torch.zeros(BATCH, 3, 5), torch.ones(BATCH, 3, dtype=torch.bool))), TypeError,
+        "context: expected a floating-point tensor, got tuple",
+    ),
+    "padded context": (
+        dict(num_classes=3, context_dim=5), dict(context=torch.full((BATCH, 3, 5), torch.nan)), ValueError,
+        "context: expected finite values, got 60 NaN or infinite of 60",
+    ),
 }  # fmt: skip
 
 

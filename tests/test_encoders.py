@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 import yaml
 from tiny_representation import MAPS, RGB, aligned, prepared
-from tiny_training import flow_config, same_weights, write_images
+from tiny_training import changed, flow_config, same_weights, write_images
 from torch import nn
 
 import biflow
 from biflow import checkpoint, cli, train
 from biflow.config import to_mapping
 from biflow.data import load
-from biflow.train import EncoderConfig, encoders, self_supervised
+from biflow.train import EncoderConfig, Representation, encoders, self_supervised
 
 COLOR = SimpleNamespace(channels=3, img_size=8, num_classes=0, train_y=None)
 GRAY = SimpleNamespace(channels=1, img_size=8, num_classes=0, train_y=None)
@@ -194,7 +194,23 @@ def test_vicreg_is_its_formula():
 )
 def test_the_map_is_as_fine_as_the_tokens(size, grid, side):
     """As far as three stages can halve it."""
-    assert self_supervised.SmallEncoder(2, size, grid)(torch.zeros(2, 2, size, size)).shape == (2, 64, side, side)
+    found = self_supervised.SmallEncoder(2, size, grid)(torch.zeros(2, 2, size, size))
+    assert found.shape == (2, self_supervised.FEATURES, side, side)
+
+
+def test_features_are_those_of_the_last_two_stages():
+    """The earlier ones at the resolution of the last; each channel standardised by itself."""
+    module = self_supervised.SmallEncoder(1, 64, 4).eval()
+    with torch.no_grad():
+        module.standardise.running_mean.uniform_(-1, 1)
+        module.standardise.running_var.uniform_(0.5, 2)
+        x = pictures(size=64)
+        middle = module.stages[1](module.stages[0](x))
+        last = module.stages[2](middle)
+        assert middle.shape[-1] == 2 * last.shape[-1]
+        want = torch.cat([F.avg_pool2d(middle, 2), last], 1)
+        mean, var = module.standardise.running_mean[:, None, None], module.standardise.running_var[:, None, None]
+        torch.testing.assert_close(module(x), (want - mean) / (var + 1e-5).sqrt(), rtol=1e-4, atol=1e-4)
 
 
 def test_no_label_enters_and_the_global_state_is_left_alone(images):
@@ -236,8 +252,13 @@ def test_the_encoder_is_kept_and_trained_again_only_if_damaged(images, tmp_path,
     first = prepared(images, tmp_path, own).encoder
     path = tmp_path / "encoder.safetensors"
     kept = path.read_bytes()
-    assert set(checkpoint.read(path).metadata) == {"pooled", "token"}
-    assert "of held-out labels from their mean" in capsys.readouterr().out
+    known = checkpoint.read(path).metadata
+    assert set(known) == {"pooled", "token", "untrained_pooled", "untrained_token", "pixels"}
+    assert known["pixels"] == 1.0, "a line through the pixels separates these classes"
+    said = capsys.readouterr().out
+    assert f"{known['pooled']:.3f} of held-out labels from their mean" in said
+    assert f"untrained {known['untrained_pooled']:.3f}" in said
+    assert "raw pixels 1.000" in said
     with monkeypatch.context() as patch:
         patch.setattr(self_supervised, "train_encoder", lambda *a, **k: pytest.fail("trained again"))
         again = prepared(images, tmp_path, own).encoder
@@ -249,6 +270,48 @@ def test_the_encoder_is_kept_and_trained_again_only_if_damaged(images, tmp_path,
     assert path.read_bytes() == kept
     other = prepared(images, tmp_path, {**own, "steps": 4}).encoder
     assert not same_weights(other, first)
+
+
+def test_runs_share_the_encoder_of_an_earlier_one(images, tmp_path, monkeypatch):
+    """The same bits and hash as in the run that trained it; its own seed makes it that of runs of other seeds."""
+    own = {"name": "self_supervised", "inputs": None}
+    first = prepared(images, tmp_path, {**own, "steps": 3, "seed": 5})
+    path = tmp_path / "encoder.safetensors"
+    config = tiny_representation.aligned(changed(flow_config(images), "run", seed=9), {**own, "steps": 3, "seed": 5})
+    elsewhere = Representation(config, load(config.data))
+    assert elsewhere.prepare() == first.sha256, "whatever the seed of the run"
+    other = prepared(images, None, {**own, "steps": 3})
+    assert other.sha256 != first.sha256
+    monkeypatch.setattr(self_supervised, "train_encoder", lambda *a, **k: pytest.fail("trained again"))
+    shared = prepared(images, tmp_path / "other", {**own, "weights": str(path)})
+    assert same_weights(shared.encoder, first.encoder)
+    assert shared.sha256 == first.sha256
+    assert shared.encoder.known == first.encoder.known == checkpoint.read(path).metadata
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_encoder_that_does_not_fit_is_refused(images, tmp_path):
+    own = {"name": "self_supervised", "inputs": None}
+    prepared(images, tmp_path, {**own, "steps": 3})
+    path = tmp_path / "encoder.safetensors"
+    given = EncoderConfig(weights=str(path))
+    for grid, data, change, reason in (
+        (4, GRAY, {}, "expected an encoder of grid 4, got one of grid 2"),
+        (2, SimpleNamespace(channels=1, img_size=16), {}, "expected an encoder of img_size 16, got one of img_size 8"),
+        (2, COLOR, {}, "expected the weights of this encoder, got others: .*size mismatch"),
+        (2, GRAY, {"steps": 4}, "expected an encoder of steps 4, got one of steps 3"),
+        (2, GRAY, {"seed": 4}, "expected an encoder of seed 4, got one of seed 0"),
+    ):
+        with pytest.raises(ValueError, match=rf"encoder 'self_supervised': .*{reason}"):
+            encoders.build(dataclasses.replace(given, **change), data, grid, 0)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="the file is corrupted"):
+        encoders.build(given, GRAY, 2, 0)
+    biflow.save(biflow.TarFlow(flow_config(images).model), path)
+    with pytest.raises(ValueError, match="expected a self-supervised network, "):
+        encoders.build(given, GRAY, 2, 0)
 
 
 def test_one_image_is_too_few(images):

@@ -12,7 +12,7 @@ import biflow
 from biflow import cli
 from biflow.data import load
 from biflow.evaluate import ProbeConfig, linear_probe, probe_flow
-from biflow.evaluate.probe import pooled_features
+from biflow.evaluate.probe import TOKEN_SEED, pooled_features
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,36 @@ def test_probe_flow_is_the_probe_of_every_layer(images):
     assert found[1]["images"] == 50
 
 
+def test_single_tokens_are_probed_image_by_image(images):
+    """The first token of each image says nothing of a label that its other tokens tell, and no label leaks across."""
+    data = load(flow_config(images).data)
+    flow = random_flow(flow_config(images).model)
+    config = ProbeConfig(train_images=50, held_out_images=10, tokens=3, batch_size=16)
+    found = probe_flow(flow, data, [(1, 0)], config)[0]
+    plain = probe_flow(flow, data, [(1, 0)], ProbeConfig(train_images=50, held_out_images=10, batch_size=16))[0]
+    assert {name: found[name] for name in plain} == plain, "the pooled probe is the same"
+    assert (found["images"], found["token_images"]) == (50, 150)
+    g = torch.Generator().manual_seed(TOKEN_SEED)
+    sides = []
+    for source, labels, count in ((data.train_x, data.train_y, 50), (data.val_x, data.val_y, 10)):
+        rows = torch.arange(count) * len(source) // count
+        h = flow.encode(source.batch(rows), features=[(1, 0)])[-1][1, 0].detach()
+        chosen = torch.rand(count, 4, generator=g).argsort(1)[:, :3]
+        assert all(len(set(row)) == 3 for row in chosen.tolist())
+        sides += [h[torch.arange(count)[:, None], chosen].reshape(3 * count, -1), labels[rows].repeat_interleave(3)]
+    want = linear_probe(*sides)
+    assert {name: found[f"token_{name}"] for name in want} == want
+    assert found["token_accuracy"] != found["accuracy"]
+
+
+def test_more_tokens_than_there_are_is_all_of_them(images):
+    flow, data = random_flow(flow_config(images).model), load(flow_config(images).data)
+    config = ProbeConfig(train_images=20, held_out_images=10, tokens=99)
+    assert probe_flow(flow, data, [(0, 0)], config)[0]["token_images"] == 20 * 4
+    with pytest.raises(ValueError, match="tokens: expected at least 0, got -1"):
+        ProbeConfig(tokens=-1)
+
+
 def test_data_without_labels_and_a_missing_library(images, tmp_path, monkeypatch):
     flow = random_flow(flow_config(images).model)
     np.savez(tmp_path / "plain.npz", images=np.load(images)["images"])
@@ -125,6 +155,11 @@ def test_the_command_prints_a_table_and_writes_json(run, images, tmp_path, capsy
     assert len(lines) == 4
     assert cli.main(["probe", str(run), "--features", "1:0", "--quiet"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+    assert cli.main(["probe", str(run), "--train", "60", "--tokens", "2", "--json", str(out), "--quiet"]) == 0
+    lines, found = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
+    assert found["probe"] == probe_flow(flow, data, config=ProbeConfig(train_images=60, tokens=2))
+    assert lines[0].endswith("| training accuracy | held-out accuracy, one token | training accuracy, one token |")
+    assert f"| {found['probe'][0]['token_accuracy']:.4f} |" in lines[2]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from tiny import BATCH, VARIANTS, images, make_condition, make_flow
 
 import biflow
+from biflow.models import pseudo_reverse as pseudo_reverse_module
 from biflow.models.block import Block
 from biflow.models.layers import patchify
 from biflow.ops import BlockConfig
@@ -182,6 +183,32 @@ def test_the_adjoint_stops_at_rounding():
     calls.clear()
     solve_adjoint(weak, torch.ones(1, 100, 1), 0)
     assert calls == []
+    solve_adjoint(weak, torch.ones(1, 100, 1), 99, eps=1e-3)
+    assert len(calls) == 1
+
+
+def test_under_autocast_the_series_ends_at_the_rounding_of_its_products(monkeypatch):
+    """Fewer products than in fp32, and a gradient as near to that of fp32 as the whole series under autocast has it."""
+    flow, solve = make_flow(img_size=16, patch_size=2), pseudo_reverse_module.solve_adjoint
+    pictures = images(flow)
+
+    def gradient(enabled, given=True):
+        terms = []
+
+        def counted(transposed, grad, limit, eps=None):
+            return solve(lambda v: terms.append(1) or transposed(v), grad, limit, eps if given else None)
+
+        monkeypatch.setattr(pseudo_reverse_module, "solve_adjoint", counted)
+        flow.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            states = flow.encode(pictures, return_states=True)[2]
+            found = biflow.pseudo_reverse(flow, states, context="live").states[0]
+        found.pow(3).mean().backward()
+        return torch.cat([p.grad.flatten() for p in flow.parameters()]), len(terms)
+
+    (exact, many), (whole, as_many), (found, few) = gradient(False), gradient(True, given=False), gradient(True)
+    assert few < 0.7 * min(many, as_many)
+    assert (found - exact).norm() <= 1.5 * (whole - exact).norm()
 
 
 # --- bad input

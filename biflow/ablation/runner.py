@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import biflow
+from biflow import checkpoint, evaluate, presets
 from biflow import data as datasets
-from biflow import evaluate, presets
+from biflow.ablation.encoder import prepare
 from biflow.ablation.orderings import Ordering
 from biflow.ablation.results import read_results
-from biflow.ablation.semantics import SemanticsConfig, measure
+from biflow.ablation.semantics import Semantics, SemanticsConfig
 from biflow.ablation.table import write_tables
 from biflow.config import check_fields, completed, from_mapping, to_mapping
 from biflow.data import DataConfig
@@ -106,8 +107,9 @@ def run_ablation(
     Args:
         rows: YAML files (`AblationRow`); their names name the results.
         out: a folder. results/ROW-SEED.json: one result each, small enough to be kept in a repository; flows/,
-            inverses/: the runs; table.md, table.png: of all results in the folder. One process a seed at a time: rows
-            of a seed share runs.
+            inverses/: the runs; encoders/, features/: of representation alignment, shared by all rows and seeds that
+            ask for the same; table.md, table.png: of all results in the folder. One process a seed at a time: rows of
+            a seed share runs. Seeds that share an encoder: the second process when the first has written it.
         seeds: of training; the evaluation has its own. A row's mean and spread are over them.
         settings: `key=value` for both stages of all rows, such as data.source=fashion_mnist.npz; flow.key=value and
             inverse.key=value for one of them.
@@ -185,14 +187,24 @@ def _train_and_evaluate(
     progress: bool,
 ) -> dict:
     flow_run, inverse_run = out / "flows" / _digest(flow_config), None
-    flow = train_flow(flow_config, flow_run, resume=True, progress=progress)
+    prepared = prepare(flow_config, out, progress)
+    flow = train_flow(prepared.config, flow_run, resume=True, progress=progress)
     rev = None
     if inverse_config is not None:
         inverse_run = out / "inverses" / _digest(flow_config, inverse_config)
         rev = train_inverse(inverse_config, flow, inverse_run, resume=True, progress=progress)
+    real, semantics, curve, known = real_data(flow_config.data, row.evaluation), None, [], {}
+    if row.semantics is not None:
+        data = datasets.load(flow_config.data)
+        semantics = Semantics(flow, flow_run, prepared, data, real, row.evaluation, row.semantics)
+        curve = semantics.curve()
+        known = semantics.samples(curve) if rev is None else {}
     return {
-        **_evaluate(flow, rev, real_data(flow_config.data, row.evaluation), row.evaluation),
-        **({} if row.semantics is None else {"semantics": _semantics(flow, flow_run, flow_config, row, real_data)}),
+        **_evaluate(flow, rev, real, row.evaluation, known),
+        **({} if semantics is None else {"semantics": semantics.measure(curve)}),
+        "judge_sha256": None if real.judge is None else checkpoint.fingerprint(real.judge.model),
+        "encoder": prepared.encoder,
+        "prepare_seconds": prepared.seconds,
         "train_seconds": {
             "flow": train_seconds(flow_run),
             "inverse": None if rev is None else train_seconds(inverse_run),
@@ -200,8 +212,16 @@ def _train_and_evaluate(
     }
 
 
-def _evaluate(flow: TarFlow, rev: BiFlow | None, real: RealData, evaluation: EvaluationConfig) -> dict:
-    if rev is None:
+def _evaluate(
+    flow: TarFlow, rev: BiFlow | None, real: RealData, evaluation: EvaluationConfig, known: dict[float, dict]
+) -> dict:
+    """known: guidance -> samples of the exact inverse that have been described already."""
+    left = tuple(guidance for guidance in evaluation.guidances if guidance not in known)
+    if rev is None and max(left, default=-1) == max(evaluation.guidances):  # whose residual is measured
+        found = evaluate.evaluate_flow(flow, real, replace(evaluation, guidances=left))
+        described = known | {samples["guidance"]: samples for samples in found["samples"]}
+        found["samples"] = [described[guidance] for guidance in evaluation.guidances]
+    elif rev is None:
         found = evaluate.evaluate_flow(flow, real, evaluation)
     else:
         found = evaluate.evaluate_likelihood(flow, real, evaluation)
@@ -209,17 +229,6 @@ def _evaluate(flow: TarFlow, rev: BiFlow | None, real: RealData, evaluation: Eva
     for samples in found["samples"]:
         samples["passes"] = _passes(flow, rev, samples["guidance"])
     return {"data": evaluate.describe_data(real), **found}
-
-
-def _semantics(
-    flow: TarFlow,
-    run: Path,
-    config: FlowTraining,
-    row: AblationRow,
-    real_data: Callable[[DataConfig, EvaluationConfig], RealData],
-) -> dict:
-    real = real_data(config.data, row.evaluation)
-    return measure(flow, run, datasets.load(config.data), real, row.evaluation, row.semantics)
 
 
 def _passes(flow: TarFlow, rev: BiFlow | None, guidance: float) -> int:

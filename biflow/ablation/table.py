@@ -7,7 +7,7 @@ from pathlib import Path
 
 from biflow.ablation.orderings import Ordering, compare
 from biflow.ablation.results import at_guidance, best_guidance, by_guidance, cell, finished
-from biflow.ablation.semantics import semantics_table
+from biflow.ablation.semantics_table import semantics_table
 from biflow.files import replacing
 
 PANELS = {"frechet": "Frechet distance, lower is better", "class_agreement": "class agreement, higher is better"}

@@ -81,6 +81,9 @@ def probe(
     ] = None,
     train: Annotated[int, typer.Option("--train", min=2, help="At most so many training images.")] = 10_000,
     n: Annotated[int, typer.Option("--n", min=1, help="At most so many held-out images.")] = 10_000,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=0, help="Also probe so many single tokens of each image; 0: none.")
+    ] = 0,
     penalty: Annotated[float, typer.Option("--penalty", help="C of the logistic regression; smaller: stronger.")] = 1.0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a pass.")] = 256,
     out: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the numbers as JSON.")] = None,
@@ -90,7 +93,7 @@ def probe(
     """How well a linear classifier reads the class off a flow's features, by block and layer.
 
     A logistic regression on the mean over tokens of each layer's features, fitted on labelled training images and
-    judged on held-out ones. Prints a table. Needs scikit-learn.
+    judged on held-out ones; with --tokens also one of single tokens' features. Prints a table. Needs scikit-learn.
     """
     from tqdm import tqdm
 
@@ -102,23 +105,28 @@ def probe(
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"--json: expected an existing folder, got {path.parent}")
     pairs = _pairs(features or ["all"])
-    config = evaluate.ProbeConfig(train_images=train, held_out_images=n, penalty=penalty, batch_size=batch_size)
+    config = evaluate.ProbeConfig(
+        train_images=train, held_out_images=n, tokens=tokens, penalty=penalty, batch_size=batch_size
+    )
     flow = load_model(checkpoint, "TarFlow", device=device)
     loaded = datasets.load(data_config(data, checkpoint, flow.config.img_size))
     evaluate.check_data(flow, loaded)
     count = min(train, len(loaded.train_x)) + min(n, len(loaded.val_x))
     with tqdm(total=count, desc="probe", unit="image", disable=quiet) as bar:
         found = evaluate.probe_flow(flow, loaded, pairs, config, progress=bar.update)
-    typer.echo("| block | layer | held-out accuracy | training accuracy |\n|---|---|---|---|")
+    shown = {"accuracy": "held-out accuracy", "train_accuracy": "training accuracy"}
+    if tokens:
+        shown |= {f"token_{name}": f"{title}, one token" for name, title in shown.items()}
+    typer.echo(f"| block | layer | {' | '.join(shown.values())} |\n{'|---' * (2 + len(shown))}|")
     for row in found:
-        typer.echo(
-            f"| {row['block']} | {row['layer']} | {row['accuracy']:.4f} | {row['train_accuracy']:.4f} |"
-            + ("" if row["converged"] else " (the solver has not converged)")
-        )
+        cells = [str(row["block"]), str(row["layer"]), *(f"{row[name]:.4f}" for name in shown)]
+        converged = row["converged"] and row.get("token_converged", True)
+        typer.echo(f"| {' | '.join(cells)} |" + ("" if converged else " (the solver has not converged)"))
     if path is not None:
         with replacing(path) as temporary:
             temporary.write_text(
-                json.dumps({"train": train, "n": n, "penalty": penalty, "probe": found}, indent=1) + "\n"
+                json.dumps({"train": train, "n": n, "tokens": tokens, "penalty": penalty, "probe": found}, indent=1)
+                + "\n"
             )
 
 
@@ -172,6 +180,7 @@ COMMANDS = (
         examples(
             "biflow probe runs/flow",
             "biflow probe runs/flow --features 3:1 --features 2:1 --json probe.json",
+            "biflow probe runs/flow --tokens 2",
         ),
     ),
 )

@@ -148,6 +148,7 @@ COMMANDS = (
         examples(
             "biflow ablate configs/ablations/*.yaml --data fashion_mnist.npz --orderings "
             "configs/ablations/base/orderings.yaml --out runs/ablations",
+            "biflow ablate configs/flowback/*.yaml --data fashion_mnist.npz --out runs/flowback",
             "biflow ablate naive.yaml alignment.yaml --seeds 0,1 --set optim.steps=500 --out runs/short",
             "biflow ablate *.yaml --set run.device=cuda --set flow.optim.steps=20000 --set inverse.optim.steps=8000 "
             "--out runs/long",

@@ -1,5 +1,7 @@
 """What a flow's layers know: linear probes, logistic regressions of the class on features of the encode.
 
+Of the mean over an image's tokens, and of single tokens, which is what an encoder's features are aligned with.
+
 Source: FlowBack (arXiv 2511.22345, figure 4) by block and layer; what it leaves open is said in `probe_flow`.
 """
 
@@ -15,12 +17,15 @@ from biflow.data import EncodedImages, ImageData, Images, Latents, spread
 from biflow.evaluate.features import check_features
 from biflow.models import TarFlow
 
+TOKEN_SEED = 0x70C
+
 
 @dataclass(frozen=True)
 class ProbeConfig:
     """What a probe is fitted and judged on.
 
     train_images, held_out_images: at most, evenly spaced.
+    tokens: of every image, so many of its tokens at random are also probed one by one; 0: none.
     penalty: C of scikit-learn's LogisticRegression, one over the weight of |w|^2 / 2.
     iterations: of its solver, at most.
     batch_size: images of a pass.
@@ -28,6 +33,7 @@ class ProbeConfig:
 
     train_images: int = 10_000
     held_out_images: int = 10_000
+    tokens: int = 0
     penalty: float = 1.0
     iterations: int = 1000
     batch_size: int = 256
@@ -37,6 +43,8 @@ class ProbeConfig:
         for name in ("train_images", "held_out_images", "iterations", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.tokens < 0:
+            raise ValueError(f"tokens: expected at least 0, got {self.tokens}")
         if not 0 < self.penalty < float("inf"):
             raise ValueError(f"penalty: expected a finite number > 0, got {self.penalty}")
 
@@ -55,13 +63,19 @@ def probe_flow(
     images, without a label: the mean class embedding, so that no layer is told the answer. The paper says "standard
     linear probing"; the pooling, the clean images and the unconditional pass are choices of ours.
 
+    With config.tokens = k there is a second probe: a sample is one token's features and its image's label, k tokens of
+    an image drawn without replacement, the same ones for every layer (at most T). An image's tokens are all on its side
+    of the split, so no image is judged that a token was seen of; accuracy is a share of tokens.
+
     Args:
         flow: on any device. data: with labels in both splits.
         features: (block, layer) pairs, from 0; None: all.
         progress: called with the number of images of every pass.
 
     Returns:
-        One entry a pair, in their order: block, layer, and what `linear_probe` returns.
+        One entry a pair, in their order: block, layer, what `linear_probe` returns of the means, and with config.tokens
+        the same of single tokens as token_accuracy, token_train_accuracy, token_images (tokens, N k) and
+        token_converged.
 
     Raises:
         ImportError: scikit-learn is not installed. ValueError: no labels, nothing held out, data that do not fit; as
@@ -75,21 +89,26 @@ def probe_flow(
     if train_y is None or val_y is None or not len(data.val_x):
         raise ValueError("data: expected labelled images, some of them held out, to probe with; got none")
     train, val = spread(len(data.train_x), config.train_images), spread(len(data.val_x), config.held_out_images)
-    seen = pooled_features(flow, data.train_x, train, features, config.batch_size, progress)
-    unseen = pooled_features(flow, data.val_x, val, features, config.batch_size, progress)
-    return [
-        {
-            "block": block,
-            "layer": layer,
-            **linear_probe(
-                seen[block, layer], train_y[train], unseen[block, layer], val_y[val], config.penalty, config.iterations
-            ),
-        }
-        for block, layer in features
-    ]
+    sides = []
+    generator = torch.Generator().manual_seed(TOKEN_SEED)
+    for images, labels, rows in ((data.train_x, train_y, train), (data.val_x, val_y, val)):
+        tokens = _drawn_tokens(len(rows), flow.config.tokens, config.tokens, generator)
+        found = _layer_features(flow, images, rows, features, config.batch_size, tokens, progress)
+        sides.append((*found, labels[rows]))
+    (seen, seen_tokens, y), (unseen, unseen_tokens, val_y) = sides
+    options = (config.penalty, config.iterations)
+    results = []
+    for pair in features:
+        entry = {"block": pair[0], "layer": pair[1], **linear_probe(seen[pair], y, unseen[pair], val_y, *options)}
+        if config.tokens:
+            one, other = seen_tokens[pair], unseen_tokens[pair]
+            ys = (labels.repeat_interleave(h.shape[1]) for labels, h in ((y, one), (val_y, other)))
+            flat = linear_probe(one.flatten(0, 1), next(ys), other.flatten(0, 1), next(ys), *options)
+            entry |= {f"token_{name}": value for name, value in flat.items()}
+        results.append(entry)
+    return results
 
 
-@torch.no_grad()
 def pooled_features(
     flow: TarFlow,
     images: Images | EncodedImages | Latents,
@@ -99,13 +118,35 @@ def pooled_features(
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[tuple[int, int], Tensor]:
     """(block, layer) -> the mean over tokens of its features (N,C), fp32 on the CPU, of the images `rows` (N,)."""
-    device, parts = flow.var.device, {pair: [] for pair in features}
-    for part in rows.split(batch_size):
+    none = torch.empty(len(rows), 0, dtype=torch.int64)
+    return _layer_features(flow, images, rows, features, batch_size, none, progress)[0]
+
+
+@torch.no_grad()
+def _layer_features(
+    flow: TarFlow,
+    images: Images | EncodedImages | Latents,
+    rows: Tensor,
+    features: Collection[tuple[int, int]],
+    batch_size: int,
+    tokens: Tensor,
+    progress: Callable[[int], None],
+) -> tuple[dict, dict]:
+    """`pooled_features`, and by pair the features (N,k,C) of the tokens (N,k) of each image."""
+    device, pooled, single = flow.var.device, {pair: [] for pair in features}, {pair: [] for pair in features}
+    for part, own in zip(rows.split(batch_size), tokens.split(batch_size), strict=True):
         found = flow.encode(images.batch(part).to(device, flow.var.dtype), features=features)[-1]
         for pair, h in found.items():
-            parts[pair].append(h.mean(1).float().cpu())
+            pooled[pair].append(h.mean(1).float().cpu())
+            chosen = own.to(device)[:, :, None].expand(-1, -1, h.shape[-1])
+            single[pair].append(h.gather(1, chosen).float().cpu())
         progress(len(part))
-    return {pair: torch.cat(found) for pair, found in parts.items()}
+    return tuple({pair: torch.cat(found) for pair, found in parts.items()} for parts in (pooled, single))
+
+
+def _drawn_tokens(images: int, count: int, chosen: int, generator: torch.Generator) -> Tensor:
+    """(images, min(chosen, count)) of `count` tokens, without replacement."""
+    return torch.rand(images, count, generator=generator).argsort(1)[:, :chosen]
 
 
 def linear_probe(

@@ -54,7 +54,7 @@ def pseudo_reverse(
       with g(x, u, w) = mu(x) + sigma(x) u, whose transposed system the backward pass solves by at most T - 1
       vector-Jacobian products (`solvers.solve_adjoint`). Features are those of a second pass of the layers, over
       x_{t-1}, so a loss on them reaches the blocks from t on, by the gradient that differentiating a decode token by
-      token would give.
+      token would give. Under autocast the series of products ends at the rounding of autocast's dtype.
 
     Args:
         flow: the model, in fp32 or fp64 (others work, but each affine step rounds the state anew), also under autocast.
@@ -136,6 +136,9 @@ class _Inverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, given: Tensor) -> Tensor:
         ctx.save_for_backward(x, given)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.eps = max(torch.finfo(dtype).eps, torch.finfo(x.dtype).eps)  # of the products that made x, and its own
         return x.clone()
 
     @staticmethod
@@ -146,7 +149,7 @@ class _Inverse(torch.autograd.Function):
         def transposed(v: Tensor) -> Tensor:
             return torch.autograd.grad(x, given, v, retain_graph=True)[0]
 
-        return solve_adjoint(transposed, grad, given.shape[1] - 1), None
+        return solve_adjoint(transposed, grad, given.shape[1] - 1, ctx.eps), None
 
 
 def _trajectory(flow: TarFlow, x: Tensor | Sequence[Tensor], y: Tensor | None, context: Tensor | None) -> list[Tensor]:

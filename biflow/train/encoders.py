@@ -4,13 +4,16 @@ An encoder is given what the data set yields, pixels or latents (B,C,S,S), and g
 (`pip install 'biflow[representation]'`) is imported when a run asks for it.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from biflow import checkpoint
 from biflow.config import to_mapping
 from biflow.data import ImageData, spread
 from biflow.data.images import PIXEL_CHANNELS
@@ -23,6 +26,9 @@ from biflow.train.term_configs import EncoderConfig
 DINOV2 = "vit_base_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224  # 16 x 16 patches of 14 pixels
 KIND = "self-supervised network"
+TRAIN_IMAGES, HELD_OUT_IMAGES = 4000, 2000  # of the encoders' probes
+PIXEL_WEIGHTS = 100_000  # of a probe of the pixels, at most: of more it would take minutes
+PIXEL_ITERATIONS = 200
 
 
 class Encoder(Frozen):
@@ -31,20 +37,27 @@ class Encoder(Frozen):
     The feature map is resized to the tokens' grid (bilinear, antialiased), its positions made directions. fp16 rounds a
     direction by 1e-3 at most, and what is rounded is the same whether it comes from a cache or not.
 
+    Attributes:
+        config: the settings by name, of a network read from a file those that it was made by; what
+            `checkpoint.fingerprint` covers, so one and the same network has one, wherever it comes from.
+        known: of `probed` and more, what is said of a self-supervised network.
+
     Args:
-        config: `checkpoint.fingerprint` covers it.
+        settings: as the user gave them.
         module, inputs: as in `Frozen`; the module returns (B,F,h,w).
         size: side that images are resized to (bicubic, antialiased); None: as they are.
         grid: tokens a side, T = grid^2.
     """
 
-    def __init__(self, config: EncoderConfig, module: nn.Module, *, inputs: str, size: int | None, grid: int):
+    def __init__(self, settings: EncoderConfig, module: nn.Module, *, inputs: str, size: int | None, grid: int):
         super().__init__(module, inputs)
-        self.config, self.size, self.grid = config, size, grid
+        self.settings, self.size, self.grid = settings, size, grid
+        self.config = {k: v for k, v in to_mapping(settings).items() if k != "seed" or v is not None}
+        self.known: Mapping[str, Any] = {}
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
             found = self.maps(images)
         with torch.autocast(images.device.type, enabled=False):
             found = resized(found.float(), self.grid, "bilinear")
@@ -65,7 +78,7 @@ def resized(images: Tensor, side: int, mode: str) -> Tensor:
 
 
 def build(config: EncoderConfig, data: ImageData, grid: int, seed: int) -> tuple[Encoder, int]:
-    """The encoder that `config` names, on the CPU, and its F; a self-supervised one is not trained yet.
+    """The encoder that `config` names, on the CPU, and its F; a self-supervised one without weights is not trained yet.
 
     Args:
         data: what it is given. grid: tokens a side of the flow. seed: of the run.
@@ -75,7 +88,7 @@ def build(config: EncoderConfig, data: ImageData, grid: int, seed: int) -> tuple
         ValueError, TypeError: unknown names, weights that do not fit, latents for an encoder of pixels, a function that
         returns no module, a module that gives no feature map.
     """
-    with frozen.building(f"representation.encoder {config.name!r}", self_supervised.SEED + seed):
+    with frozen.building(f"representation.encoder {config.name!r}", self_supervised.SEED + seed_of(config, seed)):
         encoder = BUILDERS.get(config.name, _named)(config, data, grid)
         if encoder.inputs == "imagenet" and data.channels not in PIXEL_CHANNELS:
             raise ValueError(
@@ -128,7 +141,35 @@ def _named(config: EncoderConfig, data: ImageData, grid: int) -> Encoder:
 
 def _self_supervised(config: EncoderConfig, data: ImageData, grid: int) -> Encoder:
     module = self_supervised.SmallEncoder(data.channels, data.img_size, grid)
-    return Encoder(config, module, inputs="raw", size=None, grid=grid)
+    encoder = Encoder(config, module, inputs="raw", size=None, grid=grid)
+    if config.weights is not None:
+        _read(encoder, Path(config.weights).expanduser(), data.img_size)
+    return encoder
+
+
+def _read(encoder: Encoder, path: Path, img_size: int) -> None:
+    """Weights and what is known of them from the file that a run keeps. ValueError: it does not fit, is damaged."""
+    found = checkpoint.read(path)
+    if found.kind != KIND:
+        raise ValueError(f"{path}: expected a {KIND}, encoder.safetensors of a run, got a {found.kind}")
+    made_from, own = found.config, encoder.settings
+    wanted = {"img_size": img_size, "grid": encoder.grid, "steps": own.steps, "seed": own.seed}
+    have = {name: made_from.get(name, made_from["encoder"].get(name)) for name in wanted}
+    for name, value in wanted.items():
+        if value is not None and have[name] != value:
+            raise ValueError(f"{path}: expected an encoder of {name} {value}, got one of {name} {have[name]}")
+    try:
+        encoder.module.load_state_dict(found.tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: expected the weights of this encoder, got others: {reason}") from None
+    encoder.config = {**made_from["encoder"], "precision": own.precision}
+    encoder.known = found.metadata
+
+
+def seed_of(config: EncoderConfig, seed: int) -> int:
+    """The encoder's own, or the run's."""
+    return seed if config.seed is None else config.seed
 
 
 @torch.no_grad()
@@ -151,25 +192,56 @@ def _width(encoder: Encoder, data: ImageData) -> int:
 def prepare(encoder: Encoder, data: ImageData, out: Path | None, *, seed: int, flip: bool, progress: bool) -> None:
     """Train a self-supervised encoder where it is, or read out/encoder.safetensors, what an earlier sitting trained.
 
-    `probed` is in the file's metadata and on stdout. Other encoders are left as they are.
+    `described` is its `known`, in the file's metadata, and on stdout. Other encoders, and one that came from a file,
+    are left as they are.
     """
-    if encoder.config.name != "self_supervised":
+    settings = encoder.settings
+    if settings.name != "self_supervised" or settings.weights is not None:
         return
-    steps = encoder.config.steps or self_supervised.STEPS
+    steps, seed = settings.steps or self_supervised.STEPS, seed_of(settings, seed)
 
     def train(module: nn.Module) -> dict:
+        untrained = probed(encoder, data)
         self_supervised.train_encoder(module, data, steps=steps, seed=seed, flip=flip, progress=progress)
-        found = probed(encoder, data)
-        if found:
-            tqdm.write(
-                f"biflow: the encoder's features: {found['pooled']:.3f} of held-out labels from their mean, "
-                f"{found['token']:.3f} from one token"
-            )
-        return found
+        return described(encoder, data, untrained)
 
-    made_from = {"encoder": to_mapping(encoder.config), "grid": encoder.grid, "seed": seed, "flip": flip}
+    made_from = {
+        "encoder": {**encoder.config, "steps": steps},
+        "img_size": data.img_size,
+        "grid": encoder.grid,
+        "seed": seed,
+        "flip": flip,
+    }
     path = None if out is None else out / "encoder.safetensors"
-    frozen.trained_once(encoder.module, train, path, KIND, made_from)
+    encoder.known = frozen.trained_once(encoder.module, train, path, KIND, made_from)
+    encoder.config = made_from["encoder"]
+    said = summary(encoder.known)
+    if said:
+        tqdm.write(f"biflow: the encoder's features: {said}")
+
+
+def described(encoder: Encoder, data: ImageData, untrained: Mapping[str, float]) -> dict[str, float | None]:
+    """`probed`, beside what it is read against: `untrained`, the same of the network before its training, and pixels,
+    held-out accuracy from the images themselves (None: of large images or many classes, which would take long)."""
+    found: dict[str, float | None] = {**probed(encoder, data)}
+    if found:
+        found |= {f"untrained_{name}": value for name, value in untrained.items()}
+        found["pixels"] = _probed_pixels(data)
+    return found
+
+
+def summary(known: Mapping[str, Any]) -> str:
+    """`described` in words; "" if nothing is known."""
+    if "pooled" not in known:
+        return ""
+    parts = [("", "pooled", "token"), ("untrained ", "untrained_pooled", "untrained_token")]
+    said = [
+        f"{who}{known[pooled]:.3f} of held-out labels from their mean, {known[token]:.3f} from one token"
+        for who, pooled, token in parts
+        if pooled in known
+    ]
+    pixels = known.get("pixels")
+    return "; ".join([*said, *([] if pixels is None else [f"raw pixels {pixels:.3f}"])])
 
 
 @torch.no_grad()
@@ -180,18 +252,15 @@ def probed(encoder: Encoder, data: ImageData) -> dict[str, float]:
     pooled: held-out accuracy from the mean over tokens of the targets; token: from that of one token an image, which is
     what a token of the flow is aligned with. At most 4,000 training and 2,000 held-out images.
     """
-    if data.train_y is None or data.val_y is None or not len(data.val_x):
-        return {}
     device, sides = next(encoder.module.parameters()).device, []
     generator = torch.Generator().manual_seed(0)
-    for images, labels, limit in ((data.train_x, data.train_y, 4000), (data.val_x, data.val_y, 2000)):
-        rows = spread(len(images), limit)
+    for images, labels, rows in _probe_rows(data):
         targets = torch.cat([encoder(images.batch(part).to(device)).cpu().float() for part in rows.split(500)])
         token = torch.randint(targets.shape[1], (len(rows),), generator=generator)
         sides.append((targets.mean(1), targets[torch.arange(len(rows)), token], labels[rows]))
-    (pooled, token, y), (val_pooled, val_token, val_y) = sides
-    if len(y.unique()) < 2:
+    if not sides or len(sides[0][2].unique()) < 2:
         return {}
+    (pooled, token, y), (val_pooled, val_token, val_y) = sides
     try:
         return {
             "pooled": linear_probe(pooled, y, val_pooled, val_y)["accuracy"],
@@ -199,6 +268,21 @@ def probed(encoder: Encoder, data: ImageData) -> dict[str, float]:
         }
     except ImportError:
         return {}
+
+
+def _probed_pixels(data: ImageData) -> float | None:
+    if data.channels * data.img_size**2 * data.num_classes > PIXEL_WEIGHTS:
+        return None
+    train, val = ((images.batch(rows).flatten(1), y[rows]) for images, y, rows in _probe_rows(data))
+    return linear_probe(*train, *val, iterations=PIXEL_ITERATIONS)["accuracy"]
+
+
+def _probe_rows(data: ImageData) -> list[tuple]:
+    """(images, labels, which) of both splits; [] without labels or without held-out images."""
+    if data.train_y is None or data.val_y is None or not len(data.val_x):
+        return []
+    splits = ((data.train_x, data.train_y, TRAIN_IMAGES), (data.val_x, data.val_y, HELD_OUT_IMAGES))
+    return [(images, labels, spread(len(images), limit)) for images, labels, limit in splits]
 
 
 BUILDERS = {"dinov2": _dinov2, "self_supervised": _self_supervised}

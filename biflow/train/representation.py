@@ -58,7 +58,7 @@ class Representation:
     """The alignment term of a run. `prepare` has to be called before `loss`.
 
     The projectors are trained with the flow and belong to the run's checkpoints, not to the flow; they have no averaged
-    weights. The encoder is frozen and belongs to neither.
+    weights. The encoder is frozen and belongs to neither. sha256: of the encoder, once it is prepared.
 
     Args:
         config: of the run, with representation set. data: what the encoder is given, clean, and trained on if it is
@@ -85,6 +85,7 @@ class Representation:
             count = 1 if own.shared_projector else len(self.pairs)
             self.projectors = Projectors(model.width, own.projector_width, width, count)
         self.cache: FeatureCache | None = None
+        self.sha256 = ""
         self.ready = False
 
     def prepare(self, out: Path | None = None, *, progress: bool = False) -> str:
@@ -101,7 +102,7 @@ class Representation:
         self.encoder.to(self.device)
         with processes.main_first():
             encoders.prepare(self.encoder, self.data, out, seed=run.seed, flip=flip, progress=progress)
-        found = checkpoint.fingerprint(self.encoder, without=("weights",))
+        self.sha256 = found = checkpoint.fingerprint(self.encoder, without=("weights",))
         if self.own.cache_features:
             given = self.own.cache_features
             if given is True and out is None:

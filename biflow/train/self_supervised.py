@@ -17,22 +17,25 @@ from biflow.train.blocks import Residual
 from biflow.train.crops import random_boxes, resized_crops
 
 SEED = 0x5E1F  # added to the run's
-STEPS = 600
+STEPS = 3000
 BATCH = 128
 RATE = 3e-3
 WEIGHT_DECAY = 1e-4
-WIDTHS = (24, 48, 64)  # of the stages; the last is F
+WIDTHS = (32, 64, 128)  # of the stages
+FEATURES = WIDTHS[-2] + WIDTHS[-1]  # F
 EMBEDDING = 256  # of the expander that is thrown away after training
 INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0  # the paper's weights
 FLOOR = 1e-4  # added to variances, as in the paper
-AREA, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)  # of crops
+AREA, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # of crops
 CONTRAST, BRIGHTNESS, NOISE = 0.4, 0.2, 0.1  # of views, in standard deviations of the image for the last two
 
 
 class SmallEncoder(nn.Module):
-    """Images (B,C,S,S) -> features (B,64,s,s), each channel of mean 0 and variance 1 over positions and images.
+    """Images (B,C,S,S) -> features (B,192,s,s), each channel of mean 0 and variance 1 over positions and images.
 
-    Three residual stages; of them as many halve the image as leave s >= `grid`. The last layer standardises with the
+    Three residual stages; of them as many halve the image as leave s >= `grid`. Features are the outputs of the last
+    two, the earlier one's averaged to s positions a side where it has more: it knows of an image what the last one,
+    whose mean is trained to be the same for all views, is taught to forget. The last layer standardises with the
     running statistics of training, so that a cosine between features is not that of their mean.
     """
 
@@ -45,11 +48,13 @@ class SmallEncoder(nn.Module):
             stages.append(nn.Sequential(down, nn.BatchNorm2d(width), nn.SiLU(), Residual(width)))
             channels = width
         self.stages = nn.Sequential(*stages)
-        self.standardise = nn.BatchNorm2d(channels, affine=False)
+        self.standardise = nn.BatchNorm2d(FEATURES, affine=False)
         self.to(memory_format=torch.channels_last)  # faster on a CPU
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.standardise(self.stages(x.contiguous(memory_format=torch.channels_last)))
+        before = self.stages[:-1](x.contiguous(memory_format=torch.channels_last))
+        last = self.stages[-1](before)
+        return self.standardise(torch.cat([F.adaptive_avg_pool2d(before, last.shape[2:]), last], 1))
 
 
 def vicreg_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ def vicreg_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 def views(x: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
-    """A random view of each image (N,C,S,S): a crop of 30% to 100% of the area, contrast, brightness, noise; a flip.
+    """A random view of each image (N,C,S,S): a crop of 20% to 100% of the area, contrast, brightness, noise; a flip.
 
     Contrast is a factor exp(0.4 u), brightness a shift of 0.2 u s, u ~ N(0, 1), and noise 0.1 s N(0, 1), s the image's
     standard deviation; all of them also make sense for latents.
@@ -91,8 +96,8 @@ def train_encoder(
     """Train on the training images, of which labels are never looked at; frozen afterwards.
 
     AdamW, one cosine cycle, batches of 128, convolutions in bf16 where that is fast; the embedding is an expander's of
-    the features' mean over positions. The same inputs, seed, threads and (CPU) device give the same weights; the global
-    random state is left alone.
+    the last stage's mean over positions. The same inputs, seed, threads and (CPU) device give the same weights; the
+    global random state is left alone.
 
     flip: images are also mirrored.
 
@@ -120,7 +125,7 @@ def train_encoder(
         both = torch.cat([views(x, generator, flip), views(x, generator, flip)]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=ops.has_fast_bf16(device)):
             found = model(both)
-        loss = vicreg_loss(*expander(found.float().mean((2, 3))).chunk(2))
+        loss = vicreg_loss(*expander(found[:, -width:].float().mean((2, 3))).chunk(2))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

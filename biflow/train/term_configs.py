@@ -100,13 +100,16 @@ class EncoderConfig:
         arguments that returns a torch.nn.Module; it maps what the data yields, (B,C,S,S), to one feature map (B,F,h,w).
     model: dinov2: which of timm's DINOv2 models; None: "vit_base_patch14_dinov2.lvd142m", the paper's.
     weights: a file of weights, .safetensors or what torch.save makes of a state dict. None: those that timm has in its
-        cache or downloads; a function's module as it comes.
+        cache or downloads; a function's module as it comes. self_supervised: the encoder.safetensors of an earlier run
+        on images and tokens of the same size, of whose hash a damaged file fails; None: trained when the run starts.
     size: side to which images are resized (bicubic, antialiased) for the encoder. None: 224 for dinov2, else as they
         are. The feature map is resized to the flow's tokens in any case.
     inputs: what a function's module takes. "imagenet" (None): three channels (gray is repeated) normalised by
         ImageNet's mean and standard deviation; "raw": the data as it is, pixels in [-1, 1] or latents.
     precision: "fp32", or "bf16" for autocast; of the encoder alone, whatever the run's is.
-    steps: training steps of self_supervised; None: 600.
+    steps: training steps of self_supervised; None: 3000, or those of `weights`.
+    seed: of the training of self_supervised; None: the run's, or that of `weights`. With one here runs of different
+        seeds have the same encoder.
     """
 
     name: str = "self_supervised"
@@ -116,6 +119,7 @@ class EncoderConfig:
     inputs: str | None = None
     precision: str = "fp32"
     steps: int | None = None
+    seed: int | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -126,18 +130,18 @@ class EncoderConfig:
         trained = self.name == "self_supervised"
         for field_name, takes, where in (
             ("model", self.name == "dinov2", "dinov2"),
-            ("weights", not trained, "all but self_supervised"),
             ("size", not trained, "all but self_supervised"),
             ("inputs", own, "'package.module:function'"),
             ("steps", trained, "self_supervised"),
+            ("seed", trained, "self_supervised"),
         ):
             only_where(self, field_name, takes, f"name {self.name!r}", where)
         if self.inputs is not None:
             one_of(self, INPUTS, "inputs")
         one_of(self, PRECISIONS, "precision")
-        for field_name in ("size", "steps"):
+        for field_name, least in (("size", 1), ("steps", 1), ("seed", 0)):
             if getattr(self, field_name) is not None:
-                at_least(self, 1, field_name)
+                at_least(self, least, field_name)
 
 
 @dataclass(frozen=True, kw_only=True)
