@@ -332,8 +332,8 @@ def test_a_split_is_short():
 
 def test_phases_of_a_decode(bench):
     rows = phases.phases(bench.subject("B/2"), 2, "bf16")
-    assert rows[0]["kernel"] == "decode_block_"  # on the CPU it is one op
-    assert rows[0]["calls_step"] == pytest.approx(1 / 15)
+    (row,) = (row for row in rows if row["kernel"] == "decode_block_")  # on the CPU it is one op
+    assert row["calls_step"] == pytest.approx(1 / 15)
     assert sum(row["percent"] for row in rows) == pytest.approx(100)
 
 
