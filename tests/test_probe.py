@@ -12,7 +12,7 @@ import biflow
 from biflow import cli
 from biflow.data import load
 from biflow.evaluate import ProbeConfig, linear_probe, probe_flow
-from biflow.evaluate.probe import TOKEN_SEED, pooled_features
+from biflow.evaluate.probe import TOKEN_SEED, layer_features
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_features_are_means_over_tokens_without_a_label(images):
     data = load(flow_config(images).data)
     flow = random_flow(flow_config(images).model)
     rows = torch.tensor([5, 0, 7])
-    found = pooled_features(flow, data.train_x, rows, [(1, 0), (0, 0)], batch_size=2)
+    found, _ = layer_features(flow, data.train_x, rows, [(1, 0), (0, 0)], batch_size=2)
     x = data.train_x.batch(rows)
     want = flow.encode(x, features=[(1, 0)])[-1][1, 0].mean(1)
     torch.testing.assert_close(found[1, 0], want.detach())
@@ -95,8 +95,8 @@ def test_probe_flow_is_the_probe_of_every_layer(images):
     assert [(row["block"], row["layer"]) for row in found] == [(0, 0), (1, 0)]
     assert sum(seen) == 60
     rows, val = torch.arange(50) * len(data.train_x) // 50, torch.arange(10) * len(data.val_x) // 10
-    x = pooled_features(flow, data.train_x, rows, [(1, 0)], 16)[1, 0]
-    v = pooled_features(flow, data.val_x, val, [(1, 0)], 16)[1, 0]
+    x = layer_features(flow, data.train_x, rows, [(1, 0)], 16)[0][1, 0]
+    v = layer_features(flow, data.val_x, val, [(1, 0)], 16)[0][1, 0]
     want = linear_probe(x, data.train_y[rows], v, data.val_y[val])
     assert {k: found[1][k] for k in want} == want
     assert found[1]["images"] == 50

@@ -1,7 +1,5 @@
 """What rows of an ablation share of representation alignment: an encoder, trained once, and its features on disk."""
 
-import hashlib
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +9,7 @@ import torch.nn.functional as F
 
 from biflow import checkpoint
 from biflow import data as datasets
-from biflow.ablation.pieces import kept
+from biflow.ablation.pieces import digest, kept
 from biflow.config import to_mapping
 from biflow.data import ImageData, spread
 from biflow.models import TarFlow
@@ -111,7 +109,7 @@ def _key(config: FlowTraining, data: ImageData) -> str:
         "flip": config.data.flip,
         "images": data.train_x.digest(),
     }
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(made_from)
 
 
 def _first(folder: Path, name: str, started: float) -> float:

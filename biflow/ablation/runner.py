@@ -1,7 +1,6 @@
 """Rows of an ablation: read, trained from several seeds, evaluated, kept."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from biflow import checkpoint, evaluate, presets
 from biflow import data as datasets
 from biflow.ablation.encoder import prepare
 from biflow.ablation.orderings import Ordering
+from biflow.ablation.pieces import digest
 from biflow.ablation.results import read_results
 from biflow.ablation.semantics import Semantics, SemanticsConfig
 from biflow.ablation.table import write_tables
@@ -281,4 +281,4 @@ def _digest(flow: FlowTraining, inverse: InverseTraining | None = None) -> str:
                 stage.pop(name, None)
         for group, newer in NEWER_OF.items():
             stage[group] = {k: v for k, v in stage[group].items() if k not in newer or v != plain[group][k]}
-    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(named)

@@ -76,6 +76,7 @@ class Semantics:
         self.rows = spread(len(data.val_x), config.classify_images)
         self.x, self.y = data.val_x.batch(self.rows), data.val_y[self.rows]
         self.draws = config.noise_draws if flow.config.noise_std > 0 else 0
+        self.weights = checkpoint.fingerprint(flow)
 
     def curve(self) -> list[dict]:
         """`measure_curve`, each point with classification (gradient rule, `noise_draws`) and noisy_nats_per_dim."""
@@ -105,7 +106,7 @@ class Semantics:
         noise of training. alignment: `held_out_alignment`. curve: of each point of `self.curve()` step, frechet,
         class_agreement, accuracy, nll, ece and noisy_nats_per_dim.
         """
-        last = curve[-1] if curve and curve[-1]["step"] == self.prepared.config.optim.steps else None
+        last = self._last(curve)
         found = {"classification": self._kept("classification", ("classify_images",), self._gradient, self.flow, 0)}
         if self.draws:
             found["noisy_classification"] = last["classification"] if last else self._gradient(self.flow, self.draws)
@@ -133,10 +134,12 @@ class Semantics:
 
     def samples(self, curve: list[dict]) -> dict[float, dict]:
         """Guidance -> what the curve's last point says of the final flow's samples, where it has as many as asked."""
-        if not curve or curve[-1]["step"] != self.prepared.config.optim.steps:
-            return {}
-        same = self.config.curve_samples == self.evaluation.samples
-        return {self.config.curve_guidance: curve[-1]["samples"]} if same else {}
+        last, same = self._last(curve), self.config.curve_samples == self.evaluation.samples
+        return {self.config.curve_guidance: last["samples"]} if last and same else {}
+
+    def _last(self, curve: list[dict]) -> dict | None:
+        """The point of the final flow; None: the curve has none."""
+        return curve[-1] if curve and curve[-1]["step"] == self.prepared.config.optim.steps else None
 
     def _scores(self, flow: TarFlow, x: Tensor, rule: str, draws: int) -> Tensor:
         options = {"rule": rule, "noise_draws": draws, "batch_size": self.evaluation.batch_size}
@@ -172,5 +175,5 @@ class Semantics:
         }
 
     def _kept(self, name: str, settings: tuple[str, ...], compute, *arguments):
-        key = {**self._settings(*settings), "weights": checkpoint.fingerprint(self.flow)}
+        key = {**self._settings(*settings), "weights": self.weights}
         return kept(self.run / "evaluation", name, key, lambda: compute(*arguments))

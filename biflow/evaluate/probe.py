@@ -93,7 +93,7 @@ def probe_flow(
     generator = torch.Generator().manual_seed(TOKEN_SEED)
     for images, labels, rows in ((data.train_x, train_y, train), (data.val_x, val_y, val)):
         tokens = _drawn_tokens(len(rows), flow.config.tokens, config.tokens, generator)
-        found = _layer_features(flow, images, rows, features, config.batch_size, tokens, progress)
+        found = layer_features(flow, images, rows, features, config.batch_size, tokens, progress)
         sides.append((*found, labels[rows]))
     (seen, seen_tokens, y), (unseen, unseen_tokens, val_y) = sides
     options = (config.penalty, config.iterations)
@@ -109,30 +109,19 @@ def probe_flow(
     return results
 
 
-def pooled_features(
-    flow: TarFlow,
-    images: Images | EncodedImages | Latents,
-    rows: Tensor,
-    features: Collection[tuple[int, int]],
-    batch_size: int,
-    progress: Callable[[int], None] = lambda count: None,
-) -> dict[tuple[int, int], Tensor]:
-    """(block, layer) -> the mean over tokens of its features (N,C), fp32 on the CPU, of the images `rows` (N,)."""
-    none = torch.empty(len(rows), 0, dtype=torch.int64)
-    return _layer_features(flow, images, rows, features, batch_size, none, progress)[0]
-
-
 @torch.no_grad()
-def _layer_features(
+def layer_features(
     flow: TarFlow,
     images: Images | EncodedImages | Latents,
     rows: Tensor,
     features: Collection[tuple[int, int]],
     batch_size: int,
-    tokens: Tensor,
-    progress: Callable[[int], None],
-) -> tuple[dict, dict]:
-    """`pooled_features`, and by pair the features (N,k,C) of the tokens (N,k) of each image."""
+    tokens: Tensor | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], Tensor]]:
+    """Of the images `rows` (N,), fp32 on the CPU: (block, layer) -> the mean over tokens of its features (N,C), and
+    (block, layer) -> those of the tokens (N,k) of each image (N,k,C); None: of none, k = 0."""
+    tokens = torch.empty(len(rows), 0, dtype=torch.int64) if tokens is None else tokens
     device, pooled, single = flow.var.device, {pair: [] for pair in features}, {pair: [] for pair in features}
     for part, own in zip(rows.split(batch_size), tokens.split(batch_size), strict=True):
         found = flow.encode(images.batch(part).to(device, flow.var.dtype), features=features)[-1]

@@ -124,4 +124,4 @@ def _open(path: Path, shape: tuple) -> np.ndarray | None:
     except (EOFError, OSError, ValueError) as error:
         tqdm.write(f"biflow: {path}: damaged ({error})")
         return None
-    return found
+    return np.asarray(found)  # a plain view: a step reads row by row, which a memmap makes slow

@@ -181,10 +181,9 @@ class Trainer:
 
     def _means(self, values: dict[str, float]) -> dict[str, float]:
         """The values' means over processes. With them goes which signals have come: `stop` is the same on all."""
-        means = self.parallel.mean(
-            {**values, **{number: float(self.signals[:1] == [number]) for number in runs.SIGNALS}}
-        )
-        self.stop = max(number if means.pop(number) else 0 for number in runs.SIGNALS)
+        came = {number.name: float(self.signals[:1] == [number]) for number in runs.SIGNALS}
+        means = self.parallel.mean(values | came)
+        self.stop = max(int(number) if means.pop(number.name) else 0 for number in runs.SIGNALS)
         return means
 
     def _save_result(self, model: nn.Module, path: Path) -> None:
